@@ -1,0 +1,33 @@
+"""LambdaCallback: every hook can be given as a function."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.callbacks.lambda_function import LambdaCallback
+
+HOOKS = [name for name in vars(Callback) if name in ("setup", "teardown") or name.startswith("on_")]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_function_is_called_for_its_hook_and_no_other(hook: str) -> None:
+    calls = []
+    callback = LambdaCallback(**{hook: lambda *args: calls.append(args)})
+    for name in HOOKS:
+        arguments = list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+        getattr(callback, name)(*arguments)
+        assert len(calls) == (HOOKS.index(name) >= HOOKS.index(hook))
+    assert calls == [tuple(list(inspect.signature(getattr(Callback, hook)).parameters)[1:])]
+
+
+def test_hook_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TypeError, match="on_trian_start"):
+        LambdaCallback(on_trian_start=print)  # type: ignore[call-arg]
+
+
+def test_hook_that_is_not_callable_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"LambdaCallback\(on_train_start=3\).*int"):
+        LambdaCallback(on_train_start=3)  # type: ignore[arg-type]

@@ -38,11 +38,11 @@ class CSVLogger(FolderLogger):
 
     Example::
 
-        >>> import tempfile
+        >>> import pathlib, tempfile
         >>> logger = CSVLogger(tempfile.mkdtemp(), name="digits")
         >>> logger.log_metrics({"loss": 0.5}, step=0)
         >>> logger.save()
-        >>> print(open(logger.log_dir + "/metrics.csv").read())
+        >>> print(pathlib.Path(logger.log_dir, "metrics.csv").read_text())
         loss,step
         0.5,0
         <BLANKLINE>
@@ -165,7 +165,7 @@ class ExperimentWriter:
         self.metrics_keys = columns + added
         rows = [[row.get(name) for name in self.metrics_keys] for row in self.metrics]
         if not columns:
-            self._write("wb", [self.metrics_keys, *rows])
+            self._write("ab+" if self._fs is None else "wb", [self.metrics_keys, *rows])
         elif added:
             self._rewrite(rows)
         else:

@@ -85,11 +85,11 @@ def replacing(path: str | os.PathLike[str]) -> Generator[TextIO, None, None]:
 
     Example::
 
-        >>> import tempfile
+        >>> import pathlib, tempfile
         >>> path = join_path(tempfile.mkdtemp(), "notes.txt")
         >>> with replacing(path) as file:
         ...     _ = file.write("all or nothing")
-        >>> open(path).read()
+        >>> pathlib.Path(path).read_text()
         'all or nothing'
     """
     local = local_path(path)

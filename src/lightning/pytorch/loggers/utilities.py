@@ -36,7 +36,7 @@ def log_hyperparams(trainer: pl.Trainer) -> None:
     """
     if not trainer.loggers:
         return
-    module, datamodule = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    module, datamodule = trainer.lightning_module, trainer.datamodule
     owners = [owner for owner in (module, datamodule) if owner is not None and owner._log_hyperparams]
     hparams: dict[str, Any] | None = None
     for owner in owners:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStopp
 from lightning.pytorch.trainer.states import TrainerFn
 
 NAN, INF = float("nan"), float("inf")
+QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def stand_in(**overrides: Any) -> SimpleNamespace:
@@ -58,7 +59,7 @@ def check(callback: EarlyStopping, values: list[float], trainer: SimpleNamespace
         ({"patience": 0}, [3.0, 2.0, 2.0], 2, EarlyStoppingReason.PATIENCE_EXHAUSTED),
         ({"patience": 2, "mode": "max"}, [1.0, 2.0, 3.0, 2.0, 3.0, 4.0], 4, EarlyStoppingReason.PATIENCE_EXHAUSTED),
         ({"patience": 2, "min_delta": 0.5}, [3.0, 2.4, 2.2, 2.0], 3, EarlyStoppingReason.PATIENCE_EXHAUSTED),
-        ({"patience": 2, "min_delta": -0.5}, [3.0, 2.4, 2.2, 2.0], 3, EarlyStoppingReason.PATIENCE_EXHAUSTED),
+        ({"patience": 2, "min_delta": -0.5}, [3.0, 3.4, 3.8, 4.5, 5.0], 4, EarlyStoppingReason.PATIENCE_EXHAUSTED),
         ({"patience": 2, "min_delta": 0.5, "mode": "max"}, [1.0, 1.6, 1.8, 2.0], 3, EarlyStoppingReason.PATIENCE_EXHAUSTED),
         ({"patience": 9}, [1.0, NAN, 0.5], 1, EarlyStoppingReason.NON_FINITE_METRIC),
         ({"patience": 9}, [-INF], 0, EarlyStoppingReason.NON_FINITE_METRIC),
@@ -290,3 +291,100 @@ def test_messages_of_other_ranks(caplog: pytest.LogCaptureFixture, rank: int, on
     check(callback, [3.0], stand_in(global_rank=rank, world_size=2))
     assert len(caplog.messages) == messages
     assert all(message.startswith(f"[rank: {rank}] ") for message in caplog.messages)
+
+
+def fit(values: list[float], callback: EarlyStopping, where: str = "on_validation_epoch_end", **settings: Any) -> Any:
+    """Train with two batches an epoch on a module that logs one of the values at each call of ``where``; the trainer."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    remaining = iter(values)
+
+    class Model(BoringModel):
+        pass
+
+    def hook(self: Any) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("metric", torch.tensor(next(remaining)))
+
+    setattr(Model, where, hook)
+    ckpt_path = settings.pop("ckpt_path", None)
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    limits = {"max_epochs": len(values), "limit_train_batches": 2, "limit_val_batches": 1}
+    trainer = Trainer(callbacks=callback, **{**QUIET, **limits, **settings})
+    trainer.fit(Model(), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "epochs", "steps"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], {}, 3, 6),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], {"min_epochs": 4}, 4, 8),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], {"min_steps": 7}, 4, 8),
+        ([1.0, 2.0, 3.0, 0.5, 0.6, 0.7, 0.8], {"min_epochs": 4}, 6, 12),
+        ([1.0, 2.0, 3.0, 0.5, 0.4], {"min_epochs": 4}, 5, 10),
+    ],
+)
+def test_run_ends_after_the_epoch_that_calls_for_it(values: list[float], settings: dict[str, Any], epochs: int, steps: int) -> None:
+    callback = EarlyStopping("metric", patience=2)
+    trainer = fit(values, callback, **settings)
+    assert (trainer.current_epoch, trainer.global_step) == (epochs, steps)
+    stopped = epochs < len(values)
+    assert callback.stopped_epoch == (epochs - 1 if stopped else 0)
+    assert (callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED) == stopped
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(0.5, 6), (2, 6), (0.25, 3)])
+def test_run_ends_within_the_epoch_when_validation_calls_for_it(interval: float, steps: int) -> None:
+    callback = EarlyStopping("metric", patience=2)
+    trainer = fit([1.0, 2.0, 3.0, 4.0], callback, val_check_interval=interval, limit_train_batches=4, max_epochs=3)
+    assert trainer.global_step == steps
+    assert callback.wait_count == 2
+
+
+def test_run_can_end_on_a_training_metric() -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    class Model(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("metric", float(self.current_epoch), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(callbacks=EarlyStopping("metric", patience=2), max_epochs=9, limit_train_batches=2, limit_val_batches=0, **QUIET)
+    trainer.fit(Model())
+    assert trainer.current_epoch == 3
+
+
+def test_run_on_a_missing_metric_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"`val_loss`.*`metric`"):
+        fit([1.0, 2.0], EarlyStopping("val_loss"))
+
+
+def test_fast_dev_run_neither_checks_nor_stops() -> None:
+    fit([NAN], EarlyStopping("metric"), fast_dev_run=True)
+    fit([1.0], EarlyStopping("val_loss"), fast_dev_run=True)
+
+
+def test_resumed_run_goes_on_counting() -> None:
+    first = EarlyStopping("metric", patience=3)
+    trainer = fit([1.0, 2.0], first)
+    trainer.save_checkpoint("after-two.ckpt")
+    second = EarlyStopping("metric", patience=3)
+    trainer = fit([2.0, 2.0, 2.0], second, ckpt_path="after-two.ckpt", max_epochs=9)
+    assert trainer.current_epoch == 4
+    assert (second.wait_count, second.best_score) == (3, 1.0)

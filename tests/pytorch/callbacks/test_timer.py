@@ -209,3 +209,43 @@ def test_message_is_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture, 
         trainer.should_stop = False
         timer.on_train_batch_end(trainer, None)
     assert caplog.messages == ["Time limit reached. Elapsed time is 0:01:11. Signaling Trainer to stop."] * messages
+
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.mark.parametrize(("interval", "settings", "steps"), [("step", {}, 3), ("epoch", {}, 4), ("step", {"min_epochs": 3}, 12)])
+def test_run_ends_when_the_time_is_up(clock: Clock, interval: str, settings: dict[str, Any], steps: int) -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    class Model(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            clock.now += 1
+            return super().training_step(batch, batch_idx)
+
+    timer = Timer("00:00:00:03", interval=interval)
+    trainer = Trainer(callbacks=timer, max_epochs=5, limit_train_batches=4, limit_val_batches=1, **settings, **QUIET)
+    trainer.fit(Model())
+    assert trainer.global_step == steps
+    assert timer.time_elapsed() == steps
+    assert timer.start_time("validate") is not None
+
+
+def test_resumed_run_has_the_rest_of_the_time(clock: Clock) -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    class Model(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            clock.now += 1
+            return super().training_step(batch, batch_idx)
+
+    limits = {"limit_train_batches": 4, "limit_val_batches": 0}
+    first = Trainer(callbacks=Timer("00:00:00:07"), max_epochs=1, **limits, **QUIET)
+    first.fit(Model())
+    first.save_checkpoint("one-epoch.ckpt")
+    for rest, steps in (("00:00:00:07", 7), ("00:00:00:04", 4)):
+        second = Trainer(callbacks=Timer(rest), max_epochs=9, **limits, **QUIET)
+        second.fit(Model(), ckpt_path="one-epoch.ckpt")
+        assert second.global_step == steps

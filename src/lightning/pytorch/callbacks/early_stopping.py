@@ -41,7 +41,8 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: the key of the metric in ``trainer.callback_metrics``.
-        min_delta: the smallest change that counts as an improvement; its sign is ignored.
+        min_delta: a change must be larger than this to count as an improvement. A negative one is a tolerance: a metric that
+            got worse by less counts as improved.
         patience: how many checks in a row without improvement end the run. These are checks, not epochs: with
             ``check_val_every_n_epoch=2`` and a patience of 3, at least 6 epochs pass without improvement.
         verbose: log every improvement, and the reason for stopping.
@@ -107,8 +108,8 @@ class EarlyStopping(Callback):
 
         self.monitor = monitor
         self.mode = mode
-        # Signed so that `monitor_op(current - min_delta, best_score)` asks for an improvement of at least that much.
-        self.min_delta = abs(min_delta) if mode == "max" else -abs(min_delta)
+        # Signed so that `monitor_op(current - min_delta, best_score)` asks for an improvement by more than that.
+        self.min_delta = min_delta if mode == "max" else -min_delta
         self.patience = patience
         self.verbose = verbose
         self.strict = strict
@@ -260,8 +261,9 @@ class EarlyStopping(Callback):
         """A sentence about the improvement from the best score until now to ``current``."""
         if not torch.isfinite(self.best_score):
             return f"Metric {self.monitor} improved. New best score: {current.item():.3f}"
-        by = abs(self.best_score - current).item()
-        return f"Metric {self.monitor} improved by {by:.3f} >= min_delta = {abs(self.min_delta)}. New best score: {current.item():.3f}"
+        sign = 1 if self.mode == "max" else -1
+        gain = f"improved by {sign * (current - self.best_score).item():.3f} >= min_delta = {sign * self.min_delta}"
+        return f"Metric {self.monitor} {gain}. New best score: {current.item():.3f}"
 
     def _log_info(self, trainer: pl.Trainer, message: str) -> None:
         if self.log_rank_zero_only and trainer.global_rank != 0:

@@ -1,0 +1,117 @@
+"""Where checkpoint files lie: paths compared, looked for and linked, on the local disk and on remote storage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+log = logging.getLogger(__name__)
+
+Path = str | os.PathLike[str]
+
+
+def folder_of_run(trainer: pl.Trainer) -> str:
+    """Where checkpoints go if nobody says so: beside the log of the first logger, else in the trainer's folder."""
+    if not trainer.loggers or trainer.fast_dev_run:
+        return join_path(trainer.default_root_dir, "checkpoints")
+    logger = trainer.loggers[0]
+    folder = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return join_path(folder, *filter(None, (str(logger.name), version, "checkpoints")))
+
+
+def canonical(path: Path) -> str:
+    """One text for one place: a local path made absolute, with links followed and ``~`` expanded; a URL as it is.
+
+    Example::
+
+        >>> canonical("s3://bucket/run")
+        's3://bucket/run'
+    """
+    local = local_path(path)
+    return os.fspath(path) if local is None else os.path.realpath(os.path.expanduser(local))
+
+
+def within(path: Path, folder: Path) -> bool:
+    """Whether ``path`` lies in ``folder``, at any depth.
+
+    Example::
+
+        >>> within("runs/a/x.ckpt", "runs"), within("runs2/x.ckpt", "runs")
+        (True, False)
+    """
+    local, local_folder = local_path(path), local_path(folder)
+    if local is None or local_folder is None:
+        return os.fspath(path).startswith(os.fspath(folder).rstrip("/") + "/")
+    return os.path.abspath(local).startswith(os.path.abspath(local_folder).rstrip(os.sep) + os.sep)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or folder lies at ``path``; a link that leads nowhere does not count."""
+    local = local_path(path)
+    return bool(get_filesystem(path).exists(os.fspath(path))) if local is None else os.path.exists(local)
+
+
+def is_link(path: Path) -> bool:
+    """Whether ``path`` is a symbolic link on the local disk."""
+    local = local_path(path)
+    return local is not None and os.path.islink(local)
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether ``folder`` is there and not empty."""
+    local = local_path(folder)
+    if local is not None:
+        return os.path.isdir(local) and bool(os.listdir(local))
+    filesystem, text = get_filesystem(folder), os.fspath(folder)
+    return bool(filesystem.isdir(text) and filesystem.ls(text))
+
+
+def find(folder: Path, wanted: re.Pattern[str]) -> set[str]:
+    """The files and folders below ``folder`` whose path from there matches ``wanted`` in full."""
+    local = local_path(folder)
+    if local is None:
+        from fsspec.core import url_to_fs
+
+        filesystem, root = url_to_fs(os.fspath(folder))
+        below = [path[len(root) :].lstrip("/") for path in filesystem.find(root, withdirs=True)]
+    else:
+        paths = [os.path.join(top, name) for top, folders, names in os.walk(local) for name in (*folders, *names)]
+        below = [os.path.relpath(path, local).replace(os.sep, "/") for path in paths if os.path.exists(path)]
+    return {join_path(folder, name) for name in below if wanted.fullmatch(name)}
+
+
+def link(target: Path, path: Path) -> bool:
+    """Put a relative symbolic link to ``target`` at ``path``, in place of what is there.
+
+    Returns:
+        Whether that was possible: False on remote storage, and on file systems without links.
+    """
+    local, local_target = local_path(path), local_path(target)
+    if local is None or local_target is None:
+        return False
+    local = os.path.abspath(local)
+    temporary = f"{local}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(local), exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        os.symlink(os.path.relpath(local_target, os.path.dirname(local)), temporary)
+        if os.path.isdir(local) and not os.path.islink(local):
+            shutil.rmtree(local)
+        os.replace(temporary, local)
+    except OSError as error:
+        log.debug("No link at %s: %s", path, error)
+        with suppress(OSError):
+            os.unlink(temporary)
+        return False
+    return True

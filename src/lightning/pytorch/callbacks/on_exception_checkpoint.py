@@ -1,0 +1,78 @@
+"""OnExceptionCheckpoint: saves the state of training when an exception ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
+from lightning.pytorch.callbacks.checkpoint import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+log = logging.getLogger(__name__)
+
+
+class OnExceptionCheckpoint(Checkpoint):
+    """Save a checkpoint when an exception, an interrupt included, ends training.
+
+    The exception goes on as if nothing had been saved; a failure to save is logged and never takes its place. The file is
+    removed once a later ``fit`` that resumed from it has ended well. Nothing is saved by ``fast_dev_run``, in the sanity check, or
+    outside of ``fit``.
+
+    Args:
+        dirpath: the folder of the file, local or remote.
+        filename: its name without the extension.
+
+    Raises:
+        ValueError: if ``filename`` is empty.
+
+    Example::
+
+        >>> OnExceptionCheckpoint("runs").ckpt_path
+        'runs/on_exception.ckpt'
+    """
+
+    FILE_EXTENSION = ".ckpt"
+
+    def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
+        if not filename:
+            raise ValueError(f"`OnExceptionCheckpoint(filename={filename!r})` needs a name for the file, without its extension.")
+        self.dirpath = dirpath
+        self.filename = filename
+        self._failed = False
+
+    @property
+    def ckpt_path(self) -> str:
+        """Where the checkpoint is, or will be, saved."""
+        return join_path(self.dirpath, self.filename + self.FILE_EXTENSION)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the failure of an earlier run."""
+        self._failed = False
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Save, unless no training is going on."""
+        self._failed = True
+        if trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        try:
+            trainer.save_checkpoint(self.ckpt_path)
+        except Exception:
+            # Logged, not warned: under `-W error` a warning would take the place of the exception that ended the run.
+            log.exception("No checkpoint of the interrupted run could be saved at %s.", self.ckpt_path)
+
+    def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Remove the file if this run resumed from it and ended well: it has served its purpose."""
+        if self._failed or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path:
+            return
+        if _absolute(trainer.ckpt_path) == _absolute(self.ckpt_path) and get_filesystem(self.ckpt_path).exists(self.ckpt_path):
+            trainer.strategy.remove_checkpoint(self.ckpt_path)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    local = local_path(path)
+    return os.fspath(path) if local is None else os.path.realpath(local)

@@ -309,13 +309,6 @@ def fit(values: list[float], callback: EarlyStopping, where: str = "on_validatio
 
     setattr(Model, where, hook)
     ckpt_path = settings.pop("ckpt_path", None)
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     limits = {"max_epochs": len(values), "limit_train_batches": 2, "limit_val_batches": 1}
     trainer = Trainer(callbacks=callback, **{**QUIET, **limits, **settings})
     trainer.fit(Model(), ckpt_path=ckpt_path)
@@ -358,13 +351,6 @@ def test_run_can_end_on_a_training_metric() -> None:
             self.log("metric", float(self.current_epoch), on_step=False, on_epoch=True)
             return super().training_step(batch, batch_idx)
 
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     trainer = Trainer(callbacks=EarlyStopping("metric", patience=2), max_epochs=9, limit_train_batches=2, limit_val_batches=0, **QUIET)
     trainer.fit(Model())
     assert trainer.current_epoch == 3

@@ -65,8 +65,6 @@ class LearningRateMonitor(Callback):
         self.lrs: dict[str, list[float]] = {}
         self.last_momentum_values: dict[str, float | None] = {}
         self.last_weight_decay_values: dict[str, float | None] = {}
-        # What is logged under which name, and the interval of its scheduler, if it has one.
-        self._monitored: list[tuple[str, Optimizer, str | None]] = []
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Name the optimizers, and refuse to go on where nothing could be logged."""
@@ -79,8 +77,7 @@ class LearningRateMonitor(Callback):
                 "`LearningRateMonitor(log_momentum=True)`: an optimizer has neither `momentum` nor `betas`; its momentum is logged as 0.",
                 category=RuntimeWarning,
             )
-        self._monitored = _monitored(trainer)
-        names = [name for prefix, optimizer, _ in self._monitored for name in _group_names(prefix, optimizer)]
+        names = [name for prefix, optimizer, _ in _monitored(trainer) for name in _group_names(prefix, optimizer)]
         self.lrs = {name: [] for name in names}
         self.last_momentum_values = {f"{name}-momentum": None for name in names}
         self.last_weight_decay_values = {f"{name}-weight_decay": None for name in names}
@@ -97,7 +94,7 @@ class LearningRateMonitor(Callback):
 
     def _log(self, trainer: pl.Trainer, moment: str) -> None:
         row: dict[str, float] = {}
-        for prefix, optimizer, interval in self._monitored:
+        for prefix, optimizer, interval in _monitored(trainer):
             if self.logging_interval is None and interval not in (None, moment):
                 continue
             names = _group_names(prefix, optimizer)
@@ -136,14 +133,15 @@ def _monitored(trainer: pl.Trainer) -> list[tuple[str, Optimizer, str | None]]:
     scheduled = [id(optimizer) for _, optimizer, _ in entries]
     entries += [(None, optimizer, None) for optimizer in trainer.optimizers if id(optimizer) not in scheduled]
 
-    taken: Counter[str] = Counter()
-    result = []
+    result: dict[str, tuple[str, Optimizer, str | None]] = {}
     for given, optimizer, interval in entries:
-        name = given if given is not None else f"lr-{type(optimizer).__name__}"
-        number = taken[name]
-        taken[name] += 1
-        result.append((f"{name}-{number}" if number else name, optimizer, interval))
-    return result
+        name = base = given if given is not None else f"lr-{type(optimizer).__name__}"
+        number = 0
+        while name in result:
+            number += 1
+            name = f"{base}-{number}"
+        result[name] = (name, optimizer, interval)
+    return list(result.values())
 
 
 def _group_names(prefix: str, optimizer: Optimizer) -> list[str]:

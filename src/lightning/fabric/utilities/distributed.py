@@ -1,0 +1,96 @@
+"""Share a sampler among processes, and find out whether they share a disk."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DistributedSampler, Sampler
+
+from lightning.fabric.utilities.cloud_io import is_local
+from lightning.fabric.utilities.data import sized_len
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies import Strategy
+
+__all__ = ["DistributedSamplerWrapper", "is_shared_filesystem"]
+
+
+class DistributedSamplerWrapper(DistributedSampler[Any]):
+    """Gives each process its part of what another sampler gives.
+
+    The other sampler must give the same in every process: seed it alike everywhere.
+
+    Args:
+        sampler: a sampler with a length, or any other sized iterable of indices.
+        args: go to :class:`~torch.utils.data.DistributedSampler`, after the dataset.
+        kwargs: go there too: ``num_replicas``, ``rank``, ``shuffle``, ``seed``, ``drop_last``.
+
+    Raises:
+        TypeError: if ``sampler`` has no length.
+
+    Example::
+
+        >>> list(DistributedSamplerWrapper([3, 1, 2, 0], num_replicas=2, rank=1, shuffle=False))
+        [1, 0]
+    """
+
+    def __init__(self, sampler: Sampler[Any] | Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        if sized_len(sampler) is None:
+            raise TypeError(
+                f"The sampler {type(sampler).__name__} has no `__len__`, so its indices can't be shared out among processes. Give it "
+                "a length, or choose the samples of each process yourself and pass Trainer(use_distributed_sampler=False)."
+            )
+        super().__init__(sampler, *args, **kwargs)  # type: ignore[arg-type]  # it asks for the length alone
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = list(self.dataset)  # type: ignore[call-overload]
+        return (indices[place] for place in super().__iter__())
+
+
+def is_shared_filesystem(strategy: Strategy, path: str | Path | None = None, timeout: int = 3) -> bool:
+    """Whether all processes see the same files under ``path``: rank 0 writes one there, and the others look for it.
+
+    All processes must call it. A URL is shared, and so is any path with one process.
+
+    Args:
+        strategy: knows the other processes.
+        path: an existing folder, or a file in it; None for the working directory. Must be the same everywhere.
+        timeout: how many seconds the others wait for the file to show up.
+
+    Raises:
+        FileNotFoundError: if there is no such path on one of the machines.
+    """
+    if strategy.world_size == 1 or (path is not None and not is_local(path)):
+        return True
+    here = Path.cwd() if path is None else Path(path).absolute()
+    if not strategy.reduce_boolean_decision(strategy.broadcast(here) == here, all=True):
+        return False
+    if not strategy.reduce_boolean_decision(here.exists(), all=True):
+        raise FileNotFoundError(
+            f"is_shared_filesystem(path={str(path)!r}): the path does not exist on every machine, so there is nothing to compare."
+        )
+    folder = here if here.is_dir() else here.parent
+    probe = folder / strategy.broadcast(f".shared-{uuid.uuid4().hex}")
+    if strategy.is_global_zero:
+        probe.touch()
+    strategy.barrier()
+    try:
+        return strategy.reduce_boolean_decision(_appears(probe, timeout), all=True)
+    finally:
+        if strategy.is_global_zero:
+            with suppress(OSError):
+                probe.unlink()
+
+
+def _appears(path: Path, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(min(0.1, timeout))
+    return True

@@ -1,0 +1,452 @@
+"""Iterate over a nested collection of loaders at once, or over one after the other."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count, islice, repeat, zip_longest
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.types import _Stateful
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+__all__ = ["CombinedLoader"]
+
+Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
+Build = Callable[[Iterable[Any]], Any]
+
+_INF = float("inf")
+_LENGTHS: dict[str, Callable[[list[int | float]], int | float]] = {
+    "min_size": lambda lengths: min(lengths, default=0),
+    "max_size_cycle": lambda lengths: max(lengths, default=0) if all(lengths) else 0,  # nothing to fill in for an empty one
+    "max_size": lambda lengths: max(lengths, default=0),
+    "sequential": sum,
+}
+
+
+class CombinedLoader(Iterable[tuple[Any, int, int]]):
+    """Several iterables as one: each item is ``(batch, batch_idx, dataloader_idx)``.
+
+    With ``"sequential"`` the batches are those of the first iterable, then those of the second, and so on; ``batch_idx``
+    counts within the iterable. With the other modes a batch holds one batch of each iterable, in the same structure as
+    ``iterables``, and ``dataloader_idx`` is 0.
+
+    Args:
+        iterables: an iterable of batches, or a nested collection of such: lists, tuples, named tuples and dicts. The
+            iterables need no length. A collection of plain numbers and strings is itself an iterable of batches.
+        mode: when iteration ends.
+
+            - ``min_size``: with the shortest iterable.
+            - ``max_size_cycle``: with the longest; the others start again as often as needed.
+            - ``max_size``: with the longest; those that ended before give ``None``.
+            - ``sequential``: after the last iterable.
+
+    Raises:
+        ValueError: if ``mode`` is none of these.
+
+    Example::
+
+        >>> loader = CombinedLoader({"a": range(2), "b": range(10, 13)}, "max_size_cycle")
+        >>> for batch, batch_idx, dataloader_idx in loader:
+        ...     print(batch, batch_idx, dataloader_idx)
+        {'a': 0, 'b': 10} 0 0
+        {'a': 1, 'b': 11} 1 0
+        {'a': 0, 'b': 12} 2 0
+        >>> len(loader)
+        3
+        >>> list(CombinedLoader([range(1), range(10, 12)], "sequential"))
+        [(0, 0, 0), (10, 0, 1), (11, 1, 1)]
+    """
+
+    def __init__(self, iterables: Any, mode: Mode = "min_size") -> None:
+        if mode not in _LENGTHS:
+            raise ValueError(f"CombinedLoader(mode={mode!r}): the mode must be one of {list(_LENGTHS)}.")
+        self._iterables = iterables
+        self._flattened, self._build = _flatten(iterables)
+        self._mode = mode
+        self._limits: list[int | float] | None = None
+        self._limits_in_use: list[int | float] | None = None
+        self._iterator: Iterator[tuple[Any, int, int]] | None = None
+        self._progress = _Progress.fresh(len(self._flattened))
+        self._resume: _Progress | None = None
+
+    @property
+    def mode(self) -> str:
+        """The mode that this loader was made with."""
+        return self._mode
+
+    @property
+    def iterables(self) -> Any:
+        """The iterables, in the collection that they came in."""
+        return self._iterables
+
+    @property
+    def flattened(self) -> list[Any]:
+        """The iterables as a flat list. Assigning a list of the same length replaces them from the next ``iter`` on.
+
+        Raises:
+            ValueError: if a list of another length is assigned.
+        """
+        return self._flattened
+
+    @flattened.setter
+    def flattened(self, flattened: list[Any]) -> None:
+        if len(flattened) != len(self._flattened):
+            raise ValueError(
+                f"CombinedLoader.flattened takes {len(self._flattened)} iterables, as many as there were, and got {len(flattened)}."
+            )
+        self._flattened = list(flattened)
+        self._iterables = self._build(self._flattened)
+
+    @property
+    def sampler(self) -> Any:
+        """The samplers of the iterables in the collection that those came in; None for those without."""
+        return self._build([getattr(loader, "sampler", None) for loader in self._flattened])
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The batch samplers of the iterables in the collection that those came in; None for those without."""
+        return self._build([getattr(loader, "batch_sampler", None) for loader in self._flattened])
+
+    @property
+    def limits(self) -> list[int | float] | None:
+        """How many batches to take of each iterable at most; None takes them all.
+
+        A number holds for each iterable, a list has one for each; ``float("inf")`` stands for no limit. What is
+        assigned counts from the next ``iter`` on. With ``max_size_cycle`` an iterable starts again after so many batches.
+
+        Raises:
+            ValueError: if the list has another length than the iterables, or a limit is not a whole number >= 0.
+            TypeError: if a limit is not a number.
+        """
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: float | Sequence[int | float] | None) -> None:
+        if limits is None:
+            self._limits = None
+            return
+        if isinstance(limits, (int, float)):
+            limits = [limits] * len(self._flattened)
+        if len(limits) != len(self._flattened):
+            raise ValueError(f"CombinedLoader.limits takes one limit for each of {len(self._flattened)} iterables, and got {len(limits)}.")
+        self._limits = [_whole(limit) for limit in limits]
+
+    def batch_count(self) -> int | float:
+        """How many batches the next iteration gives; infinity where that depends on an iterable without a length.
+
+        Unlike ``len`` it can be asked at any time.
+
+        Example::
+
+            >>> CombinedLoader([range(3), range(5)], "sequential").batch_count()
+            8
+        """
+        return self._count(self._limits)
+
+    def _count(self, limits: list[int | float] | None) -> int | float:
+        lengths = [_INF if (size := sized_len(loader)) is None else size for loader in self._flattened]
+        return _LENGTHS[self._mode](lengths if limits is None else [min(pair) for pair in zip(lengths, limits)])
+
+    def __len__(self) -> int:
+        """The number of batches of the running iteration, or of the last one.
+
+        Raises:
+            RuntimeError: before ``iter`` was called.
+            TypeError: if it depends on an iterable without a length.
+        """
+        if self._iterator is None:
+            raise RuntimeError("A CombinedLoader has a length once it is iterated over: call `iter(combined_loader)` first.")
+        length = self._count(self._limits_in_use)
+        if not isinstance(length, int):
+            unsized = [type(loader).__name__ for loader in self._flattened if sized_len(loader) is None]
+            raise TypeError(f"This CombinedLoader in mode {self._mode!r} has no length, because these iterables have none: {unsized}.")
+        return length
+
+    def __next__(self) -> tuple[Any, int, int]:
+        if self._iterator is None:
+            raise RuntimeError("Call `iter(combined_loader)` before `next(combined_loader)`.")
+        return next(self._iterator)
+
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        for place, loader in enumerate(self._flattened):
+            if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+                raise TypeError(
+                    f"CombinedLoader needs iterables of batches; number {place} of {len(self._flattened)} is of type "
+                    f"{type(loader).__name__}: {loader!r}."
+                )
+        self._iterator = None  # frees the workers of the iteration before, unless somebody still uses it
+        progress, self._resume = self._resume or _Progress.fresh(len(self._flattened)), None
+        self._limits_in_use = self._limits
+        self._progress = progress
+        limits = [_INF] * len(self._flattened) if self._limits is None else self._limits
+        passes = [_Pass(loader, limit, cursor) for loader, limit, cursor in zip(self._flattened, limits, progress.cursors)]
+        if self._mode == "sequential":
+            self._iterator = _one_after_another(passes, progress)
+        else:
+            self._iterator = _side_by_side(self._mode, passes, progress, self._build)
+        return self._iterator
+
+    def reset(self) -> None:
+        """Forget the running iteration, and end the worker processes of the loaders, persistent ones too."""
+        self._iterator = None
+        self._progress = _Progress.fresh(len(self._flattened))
+        for loader in self._flattened:
+            if isinstance(loader, DataLoader):
+                loader._iterator = None  # where a DataLoader keeps persistent workers; they end with the last reference
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the iterables that have ``state_dict`` and ``load_state_dict``, and how far each iterable got.
+
+        Empty if none of the iterables has a state.
+        """
+        stateful = [loader for loader in self._flattened if isinstance(loader, _Stateful)]
+        if not stateful:
+            return {}
+        return {"loaders": [loader.state_dict() for loader in stateful], **self._progress.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Let the next ``iter`` continue with the batch after the last one, under its ``batch_idx``.
+
+        Iterables with a state continue by themselves; the others are started and read up to the same place.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, or the bare list of the iterables' states, which says nothing
+                about places.
+
+        Raises:
+            RuntimeError: if it has not as many states as there are iterables that take one.
+        """
+        states = state_dict if isinstance(state_dict, list) else state_dict.get("loaders", [])
+        stateful = [loader for loader in self._flattened if isinstance(loader, _Stateful)]
+        if not states:
+            return
+        if len(states) != len(stateful):
+            raise RuntimeError(
+                f"The checkpoint holds the states of {len(states)} loaders, and {len(stateful)} of this CombinedLoader's "
+                f"{len(self._flattened)} iterables have `state_dict` and `load_state_dict`. Resume with the loaders of the run "
+                "that wrote the checkpoint."
+            )
+        for loader, state in zip(stateful, states):
+            loader.load_state_dict(state)
+        if not isinstance(state_dict, list):
+            self._resume = _Progress.from_state_dict(state_dict, len(self._flattened))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_iterator": None}  # a running iteration stays in its process
+
+
+def _whole(limit: Any) -> int | float:
+    if not isinstance(limit, (int, float)):
+        raise TypeError(f"CombinedLoader.limits takes numbers, and got {limit!r} of type {type(limit).__name__}.")
+    if limit == _INF:
+        return _INF
+    if limit < 0 or limit != limit // 1:
+        raise ValueError(f'CombinedLoader.limits takes whole numbers >= 0, float("inf") or None, and got {limit!r}.')
+    return int(limit)
+
+
+# --- The collection: its leaves, and how to build one like it ---
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Build]:
+    """The iterables in ``tree``, and a function that puts as many other values into a collection of the same structure."""
+    children = _children(tree)
+    if children is None:
+        return [tree], _only
+    parts = [_flatten(child) for child in children]
+    leaves = [leaf for part, _ in parts for leaf in part]
+    if all(build is _only for _, build in parts):
+        return leaves, _assembler(tree)
+    return leaves, partial(_build_nested, _assembler(tree), [(len(part), build) for part, build in parts])
+
+
+def _children(tree: Any) -> list[Any] | None:
+    """What a collection holds; None if it is to be iterated over as it is: another type, or of plain values only."""
+    if type(tree) in (dict, OrderedDict, defaultdict):
+        children = list(tree.values())
+    elif type(tree) in (list, tuple, deque) or (isinstance(tree, tuple) and hasattr(tree, "_fields")):
+        children = list(tree)
+    else:
+        return None
+    return None if all(isinstance(child, (int, float, str)) for child in children) else children
+
+
+def _assembler(tree: Any) -> Build:
+    """A picklable function from values to a collection like ``tree`` of them."""
+    kind: Any = type(tree)
+    if kind is list or kind is tuple:
+        return kind
+    if kind is deque:
+        return partial(deque, maxlen=tree.maxlen)
+    if isinstance(tree, tuple):
+        return kind._make  # type: ignore[no-any-return]
+    make = partial(defaultdict, tree.default_factory) if kind is defaultdict else kind
+    return partial(_build_mapping, make, tuple(tree))
+
+
+def _only(values: Iterable[Any]) -> Any:
+    (value,) = values
+    return value
+
+
+def _build_mapping(make: Build, keys: tuple[Any, ...], values: Iterable[Any]) -> Any:
+    return make(zip(keys, values))
+
+
+def _build_nested(assemble: Build, parts: list[tuple[int, Build]], values: Iterable[Any]) -> Any:
+    iterator = iter(values)
+    return assemble([build(islice(iterator, size)) for size, build in parts])
+
+
+# --- The iteration: built of C iterators; Python runs per batch only where places must be known for a state ---
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """The place in one iterable: batches taken since it was last started, and how often it was read to its end."""
+
+    batches: int = 0
+    passes: int = 0
+
+
+@dataclass(slots=True)
+class _Progress:
+    """The place in all iterables: the next ``batch_idx``, the iterable that is being read one after the other, each cursor."""
+
+    batch_idx: int
+    dataloader_idx: int
+    cursors: list[_Cursor]
+
+    @classmethod
+    def fresh(cls, size: int) -> _Progress:
+        return cls(0, 0, [_Cursor() for _ in range(size)])
+
+    def restart(self) -> None:
+        self.batch_idx = self.dataloader_idx = 0
+        for cursor in self.cursors:
+            cursor.batches = cursor.passes = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        cursors = [[cursor.batches, cursor.passes] for cursor in self.cursors]
+        return {"batch_idx": self.batch_idx, "dataloader_idx": self.dataloader_idx, "cursors": cursors}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], size: int) -> _Progress:
+        if len(state["cursors"]) != size:
+            raise RuntimeError(f"The checkpoint was written with {len(state['cursors'])} loaders, and this CombinedLoader has {size}.")
+        return cls(state["batch_idx"], state["dataloader_idx"], [_Cursor(*cursor) for cursor in state["cursors"]])
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One iterable, how many batches to take in a pass over it, and where it stands."""
+
+    loader: Any
+    limit: int | float
+    cursor: _Cursor
+
+    @property
+    def stateful(self) -> bool:
+        return isinstance(self.loader, _Stateful)
+
+    def start(self, tracked: bool = False) -> Iterator[Any]:
+        """The batches from the cursor on; the cursor follows if ``tracked``."""
+        done = self.cursor.batches
+        iterator = iter(self.loader)
+        if done and not self.stateful:
+            deque(islice(iterator, done), maxlen=0)
+        if self.limit != _INF:
+            iterator = islice(iterator, max(0, int(self.limit) - done))
+        return self._track(iterator) if tracked else iterator
+
+    def _track(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        cursor = self.cursor
+        for batch in iterator:
+            cursor.batches += 1
+            yield batch
+        cursor.batches = 0
+        cursor.passes += 1
+
+
+def _side_by_side(mode: str, passes: list[_Pass], progress: _Progress, build: Build) -> Iterator[tuple[Any, int, int]]:
+    tracked = any(each.stateful for each in passes)
+    ended = [mode != "max_size_cycle" and each.cursor.passes > 0 for each in passes]
+    iterators: list[Iterator[Any]] = [iter(()) if over else each.start(tracked) for each, over in zip(passes, ended)]
+    rows: Iterator[Any]
+    if mode == "max_size_cycle":
+        rows = _cycle(passes, iterators, tracked)
+    else:
+        rows = zip(*iterators) if mode == "min_size" else zip_longest(*iterators)
+    first = progress.batch_idx
+    if tracked:
+        rows = _count_rows(rows, progress)
+    return zip(map(build, rows), count(first), repeat(0))
+
+
+def _count_rows(rows: Iterator[Any], progress: _Progress) -> Iterator[Any]:
+    for row in rows:
+        progress.batch_idx += 1
+        yield row
+    progress.restart()
+
+
+def _cycle(passes: list[_Pass], iterators: list[Iterator[Any]], tracked: bool) -> Iterator[list[Any]]:
+    """Rows of one batch of each; what ends starts again, until each has been at its end."""
+    unfinished = {place for place, each in enumerate(passes) if each.cursor.passes == 0}
+    nothing = object()
+    while unfinished:
+        row = []
+        for place, iterator in enumerate(iterators):
+            batch = next(iterator, nothing)
+            if batch is nothing:
+                unfinished.discard(place)
+                if not unfinished:
+                    return
+                iterators[place] = passes[place].start(tracked)
+                batch = next(iterators[place], nothing)
+                if batch is nothing:
+                    _warn_of_single_pass(place, passes[place])
+                    return
+            row.append(batch)
+        yield row
+
+
+def _warn_of_single_pass(place: int, each: _Pass) -> None:
+    if each.limit > 0 and sized_len(each.loader) != 0:
+        rank_zero_warn(
+            f"In mode 'max_size_cycle' iterable number {place} ({type(each.loader).__name__}) gave no batch when it was started "
+            "again, so iteration ends before the longest iterable does. It is empty, or can be read only once, like a generator; "
+            "give an iterable that starts anew at each `iter`.",
+            category=PossibleUserWarning,
+        )
+
+
+def _one_after_another(passes: list[_Pass], progress: _Progress) -> Iterator[tuple[Any, int, int]]:
+    """The batches of each in turn; only the one being read is started, the first of them here and now."""
+    todo = [place for place in range(progress.dataloader_idx, len(passes)) if passes[place].limit > 0]
+    tracked = any(each.stateful for each in passes)
+    ready = [passes[place].start() for place in todo[:1]]
+
+    def parts() -> Iterator[Iterator[tuple[Any, int, int]]]:
+        for place in todo:
+            first = passes[place].cursor.batches
+            part = zip(ready.pop() if ready else passes[place].start(), count(first), repeat(place))
+            yield _count_parts(part, passes[place].cursor, progress) if tracked else part
+            del part  # and with it the workers, before the next one starts
+        progress.restart()
+
+    return chain.from_iterable(parts())
+
+
+def _count_parts(part: Iterator[tuple[Any, int, int]], cursor: _Cursor, progress: _Progress) -> Iterator[tuple[Any, int, int]]:
+    for item in part:
+        cursor.batches = progress.batch_idx = item[1] + 1
+        progress.dataloader_idx = item[2]
+        yield item

@@ -131,10 +131,7 @@ def test_first_write_sorts_columns_and_later_ones_go_to_the_end(root: str) -> No
     path = logger.experiment.metrics_file_path
     with get_filesystem(path).open(path, "rb") as file:
         assert file.read() == (
-            b"a,b,none,np,step,text,z,c,d\r\n"
-            b"2.5,1.0,,,4,,,,\r\n"
-            b',,,0.1,7,"x,\ny",True,,\r\n'
-            b",,,,9,,,0.30000000000000004,1e-08\r\n"
+            b'a,b,none,np,step,text,z,c,d\r\n2.5,1.0,,,4,,,,\r\n,,,0.1,7,"x,\ny",True,,\r\n,,,,9,,,0.30000000000000004,1e-08\r\n'
         )
     assert logger.experiment.metrics_keys == ["a", "b", "none", "np", "step", "text", "z", "c", "d"]
     assert files_of(logger.log_dir) == ["metrics.csv"]

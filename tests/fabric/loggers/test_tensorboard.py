@@ -103,9 +103,9 @@ def test_dict_values_lie_in_folders_of_their_own() -> None:
 @pytest.mark.parametrize("value", ["text", None, 1j, [1.0]])
 def test_metrics_that_cannot_be_drawn_are_named(value: Any) -> None:
     logger = TensorBoardLogger("logs")
-    with pytest.raises(ValueError, match="'bad' is .* which TensorBoard cannot draw"):
+    with pytest.raises(ValueError, match=r"'bad' is .* which TensorBoard cannot draw"):
         logger.log_metrics({"bad": value}, step=0)
-    with pytest.raises(ValueError, match="'group/bad' is .* which TensorBoard cannot draw"):
+    with pytest.raises(ValueError, match=r"'group/bad' is .* which TensorBoard cannot draw"):
         logger.log_metrics({"group": {"bad": value}}, step=0)
     with pytest.raises(ValueError, match="'bad' is a tensor of shape"):
         logger.log_metrics({"bad": torch.zeros(2)}, step=0)
@@ -251,7 +251,10 @@ def test_other_ranks_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_construction_loads_no_tensorboard(tmp_path: Path) -> None:
-    code = "import sys; from lightning.fabric.loggers import TensorBoardLogger; TensorBoardLogger('x'); assert 'tensorboard' not in sys.modules"
+    code = (
+        "import sys; from lightning.fabric.loggers import TensorBoardLogger\n"
+        "TensorBoardLogger('x'); assert 'tensorboard' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 

@@ -28,7 +28,7 @@ def test_get_filesystem_takes_paths_urls_and_storage_options(tmp_path: Path) -> 
 
 
 def test_get_filesystem_names_the_missing_package() -> None:
-    with pytest.raises((ImportError, ValueError), match="dropboxdrivefs|dropbox"):
+    with pytest.raises(ImportError, match="dropbox"):
         get_filesystem("dropbox://folder")
 
 
@@ -62,9 +62,14 @@ def test_replacing_keeps_the_old_content_after_an_error(folder: str) -> None:
     path = join_path(folder, "file.txt")
     with replacing(path) as file:
         file.write("old")
-    with pytest.raises(RuntimeError, match="disk on fire"), replacing(path) as file:
-        file.write("half of the n")
-        raise RuntimeError("disk on fire")
+
+    def write_half() -> None:
+        with replacing(path) as file:
+            file.write("half of the n")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        write_half()
     with get_filesystem(path).open(path, "r") as stored:
         assert stored.read() == "old"
     assert [os.path.basename(name) for name in get_filesystem(folder).ls(folder, detail=False)] == ["file.txt"]

@@ -17,7 +17,6 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loggers.utilities import write_hparams
 
 if TYPE_CHECKING:
-
     import lightning.pytorch as pl
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -81,10 +82,7 @@ class GradientAccumulationScheduler(Callback):
 
 
 def _warn_about_overrides(pl_module: pl.LightningModule) -> None:
-    from lightning.pytorch.core.module import LightningModule
-
-    names = ("optimizer_step", "optimizer_zero_grad")
-    overridden = [name for name in names if getattr(type(pl_module), name) is not getattr(LightningModule, name)]
+    overridden = [name for name in ("optimizer_step", "optimizer_zero_grad") if is_overridden(name, pl_module)]
     if overridden:
         rank_zero_warn(
             f"`{type(pl_module).__name__}` overrides {' and '.join(f'`{name}`' for name in overridden)}: with gradient accumulation these "

@@ -1,0 +1,13 @@
+"""The documented import path of the precisions."""
+
+from lightning.fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.fabric.quantization import BitsandbytesPrecision, TransformerEnginePrecision
+
+__all__ = [
+    "BitsandbytesPrecision",
+    "DoublePrecision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "Precision",
+    "TransformerEnginePrecision",
+]

@@ -1,0 +1,5 @@
+"""The documented import path of ``BitsandbytesPrecision``."""
+
+from lightning.fabric.quantization.bitsandbytes import BitsandbytesPrecision
+
+__all__ = ["BitsandbytesPrecision"]

@@ -1,0 +1,5 @@
+"""The documented import path of ``DoublePrecision``."""
+
+from lightning.fabric.precision import DoublePrecision
+
+__all__ = ["DoublePrecision"]

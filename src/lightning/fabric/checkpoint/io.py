@@ -1,0 +1,368 @@
+"""Checkpoint files on disk and on remote storage: a save is whole or did not happen, a load runs no code of the file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import re
+import secrets
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from typing import IO, Any, Union
+
+import torch
+
+from lightning.fabric.checkpoint.format import decode, encode
+from lightning.fabric.utilities.cloud_io import get_filesystem, local_path
+
+PathLike = Union[str, "os.PathLike[str]"]
+MapLocation = Any  # a device, a name of one, a dict of names, or a function (storage, location) -> storage; None keeps locations
+
+ZIP_MAGIC = b"PK\x03\x04"
+
+
+def save(checkpoint: Any, path: PathLike, storage_options: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint file. Until it is complete and on the disk, ``path`` keeps what it held before.
+
+    Args:
+        checkpoint: a dict of anything that :func:`~lightning.fabric.checkpoint.format.encode` accepts.
+        path: a local path or a URL that fsspec knows; missing folders are made.
+        storage_options: for a URL, options of its file system.
+
+    Raises:
+        TypeError: if a value can't be stored (it names the path to it), or for storage options with a local path.
+        OSError: if the file can't be written.
+
+    Example::
+
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "last.ckpt")
+        >>> save({"epoch": 3}, path)
+        >>> load(path)
+        {'epoch': 3}
+    """
+    content = encode(checkpoint)
+    local = local_path(path)
+    if local is None:
+        _save_remote(content, os.fspath(path), storage_options or {})
+    elif storage_options:
+        raise TypeError(
+            f"storage_options={storage_options!r} was given for the local path {local!r}: they are for URLs (s3://..., gs://...). "
+            "Leave them out, or write a CheckpointIO that knows what to do with them."
+        )
+    else:
+        _save_local(content, local)
+
+
+def _save_local(content: Any, target: str) -> None:
+    if os.path.isdir(target) and not os.path.islink(target):
+        raise IsADirectoryError(errno.EISDIR, "A checkpoint file can't take the place of a directory", target)
+    folder = os.path.dirname(os.path.abspath(target))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.partial")
+    try:
+        # 0o666 less the umask: what open() gives, and tempfile does not
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            _write(content, file, target)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _save_remote(content: Any, url: str, storage_options: dict[str, Any]) -> None:
+    filesystem = get_filesystem(url, **storage_options)
+    target = str(filesystem._strip_protocol(url))
+    folder = target.rpartition("/")[0]
+    temporary = f"{folder}/.{secrets.token_hex(8)}.partial"
+    with contextlib.suppress(FileExistsError, NotImplementedError):  # object stores have no folders to make
+        filesystem.makedirs(folder, exist_ok=True)
+    try:
+        # Leaving the block uploads what was written, after an error too: hence another key, moved when complete.
+        with filesystem.open(temporary, "wb") as file:
+            _write(content, file, url)
+        filesystem.mv(temporary, target)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            filesystem.rm_file(temporary)
+        raise
+
+
+def _write(content: Any, file: IO[bytes], target: str) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch hides what the file said ("No space left on device") behind an error about positions in the archive
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, target) from error
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def load(path: PathLike | IO[bytes], map_location: MapLocation = None, weights_only: bool | None = None) -> Any:
+    """Read a checkpoint.
+
+    Args:
+        path: a local path, an open binary file, an ``http(s)://`` URL (downloaded once, to the folder of ``torch.hub``),
+            or a URL that fsspec knows.
+        map_location: where tensors go, as for :func:`torch.load`; None restores them to the device they were saved from.
+        weights_only: None and True read data and never run code that the file brings along. False unpickles anything: for
+            files from a source you trust.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        pickle.UnpicklingError: if the file holds a class that is not read without ``weights_only=False``; it names the class.
+        RuntimeError: if the file is damaged or is no checkpoint.
+    """
+    trusted = weights_only is False
+    if not isinstance(path, (str, os.PathLike)):
+        return _read(path, f"<{getattr(path, 'name', None) or type(path).__name__}>", map_location, trusted)
+    text = os.fspath(path)
+    if text.startswith(("http://", "https://")):
+        return _load_from_web(text, map_location, trusted)
+    local = local_path(text)
+    if local is None:
+        filesystem = get_filesystem(text)
+        try:
+            file = filesystem.open(text, "rb")
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "Checkpoint file not found", text) from None
+    else:
+        if os.path.isdir(local):
+            raise IsADirectoryError(errno.EISDIR, "This checkpoint is a directory, which only the strategy that wrote it reads", local)
+        try:
+            file = open(local, "rb")  # noqa: SIM115 (closed below, like the remote one)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "Checkpoint file not found", local) from None
+    with file:
+        return _read(file, repr(text), map_location, trusted)
+
+
+def _load_from_web(url: str, map_location: MapLocation, trusted: bool) -> Any:
+    import hashlib
+    from urllib.error import HTTPError
+    from urllib.parse import urlsplit
+
+    # The whole URL is in the name: two files called model.ckpt are two files.
+    name = f"{hashlib.sha256(url.encode()).hexdigest()}-{os.path.basename(urlsplit(url).path)[-100:]}"
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not os.path.exists(cached):
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, cached, progress=False)
+        except HTTPError as error:
+            error.close()
+            if error.code in (404, 410):
+                raise FileNotFoundError(errno.ENOENT, "Checkpoint file not found", url) from None
+            raise
+    try:
+        with open(cached, "rb") as file:
+            return _read(file, repr(url), map_location, trusted)
+    except DamagedCheckpoint:
+        os.unlink(cached)  # a broken download must not be there the next time
+        raise
+
+
+class DamagedCheckpoint(RuntimeError):
+    """The file is incomplete, damaged, or no checkpoint at all."""
+
+
+def _read(file: IO[bytes], name: str, map_location: MapLocation, trusted: bool) -> Any:
+    start = file.tell()
+    try:
+        with _harmless_classes():
+            content = torch.load(file, map_location=map_location, weights_only=not trusted)
+    except Exception as error:
+        problem = _explain(error, file, start, name, trusted)
+        if problem is None:
+            raise
+        raise problem from error
+    try:
+        return decode(content, trusted, map_location)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"The checkpoint {name} can't be read: {error}") from error
+
+
+def _explain(error: Exception, file: IO[bytes], start: int, name: str, trusted: bool) -> Exception | None:
+    """A clearer error, or None if this one says what is wrong."""
+    message = str(error)
+    size = file.seek(0, os.SEEK_END) - start
+    file.seek(start)
+    is_archive = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if "PytorchStreamReader" in message or "Invalid magic number" in message or isinstance(error, EOFError) or size == 0:
+        return DamagedCheckpoint(f"The checkpoint {name} is incomplete or damaged ({size} bytes). Was it copied completely? ({message})")
+    if trusted or isinstance(error, (RuntimeError, OSError, MemoryError)):
+        return None
+    if isinstance(error, pickle.UnpicklingError) and (is_archive or "GLOBAL" in message):
+        found = re.search(r"GLOBAL (\S+)|unrecognized function (.+?)(?: which|$|\n)|but got (.+)", message)
+        what = next((group for group in found.groups() if group), "") if found else ""
+        return pickle.UnpicklingError(
+            f"The checkpoint {name} holds {what.rstrip('.') or 'something'} that can't be read safely: unpickling it could run any code. "
+            "If you trust the source of the file, pass weights_only=False. A class that you know to be harmless "
+            "can be allowed with torch.serialization.add_safe_globals([...]) instead."
+        )
+    if not is_archive or isinstance(error, (LookupError, UnicodeDecodeError)):
+        return DamagedCheckpoint(
+            f"The file {name} is not a checkpoint, or damaged ({size} bytes; {type(error).__name__}: {message[:200]})."
+        )
+    return None
+
+
+# --- classes in files that other programs wrote ---------------------------------------------------------------------
+
+_lock = threading.Lock()
+_readers = 0
+_added: list[Any] = []
+
+
+@contextlib.contextmanager
+def _harmless_classes() -> Generator[None, None, None]:
+    """Let torch's safe reader make paths, namespaces and dates while a file is read.
+
+    Lightning pickles them into checkpoints as they are; making one does nothing but hold the values it is given.
+    """
+    global _readers, _added
+    with _lock:
+        if _readers == 0:
+            known = torch.serialization.get_safe_globals()
+            _added = [entry for entry in _harmless() if entry not in known]  # leaving must not undo what the user has allowed
+            torch.serialization.add_safe_globals(_added)
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if _readers == 0:
+                torch.serialization.safe_globals(_added).__exit__(None, None, None)
+
+
+def _harmless() -> list[Any]:
+    import argparse
+    import datetime
+    import pathlib
+
+    entries: list[Any] = [(argparse.Namespace, "argparse.Namespace")]
+    entries += [(getattr(datetime, name), f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")]
+    for module in ("pathlib", "pathlib._local"):  # the second is where Python 3.13 keeps them
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+            foreign = name == ("WindowsPath" if os.name == "posix" else "PosixPath")
+            entries.append((getattr(pathlib, f"Pure{name}" if foreign else name), f"{module}.{name}"))
+    return entries
+
+
+# --- the plugin interface -------------------------------------------------------------------------------------------
+
+
+def keep_on_cpu(storage: Any, location: str) -> Any:
+    """A ``map_location`` that leaves every tensor where the file's bytes are read to: on the CPU."""
+    return storage
+
+
+class CheckpointIO(ABC):
+    """How checkpoints are written, read and removed. Subclass it to keep them elsewhere, or in another form.
+
+    Example::
+
+        class Uploading(TorchCheckpointIO):
+            def save_checkpoint(self, checkpoint, path, storage_options=None):
+                super().save_checkpoint(checkpoint, path, storage_options)
+                upload(path)
+
+        trainer = Trainer(plugins=[Uploading()])
+    """
+
+    @abstractmethod
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: what to store.
+            path: where to.
+            storage_options: what :meth:`Trainer.save_checkpoint` was given under that name.
+        """
+
+    @abstractmethod
+    def load_checkpoint(self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: where it is.
+            map_location: where tensors go, as for :func:`torch.load`.
+            weights_only: False unpickles anything in the file; for files from a source you trust.
+        """
+
+    @abstractmethod
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Delete a checkpoint; nothing happens if it is not there."""
+
+    def teardown(self) -> None:
+        """Finish what is under way. Called when the run ends."""
+
+
+class TorchCheckpointIO(CheckpointIO):
+    """Checkpoints in torch's own file format, written with :func:`save` and read with :func:`load`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+        """Write a checkpoint file, whole or not at all.
+
+        Args:
+            checkpoint: what to store.
+            path: a local path or a URL that fsspec knows.
+            storage_options: for a URL, options of its file system.
+
+        Raises:
+            TypeError: if a value can't be stored, or for storage options with a local path.
+            OSError: if the file can't be written.
+        """
+        save(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: PathLike, map_location: Any | None = keep_on_cpu, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint file.
+
+        Args:
+            path: a local path, or a URL.
+            map_location: where tensors go, as for :func:`torch.load`; to the CPU if not given.
+            weights_only: None and True never run code that the file brings along; False unpickles anything.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            pickle.UnpicklingError: if the file needs ``weights_only=False``.
+            RuntimeError: if the file is damaged.
+        """
+        return load(path, map_location, weights_only)  # type: ignore[no-any-return]
+
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Delete a checkpoint file, or a folder that holds a sharded one; nothing happens if it is not there."""
+        local = local_path(path)
+        if local is None:
+            filesystem = get_filesystem(path)
+            if filesystem.exists(path):
+                filesystem.rm(os.fspath(path), recursive=True)
+        elif os.path.isdir(local) and not os.path.islink(local):
+            import shutil
+
+            shutil.rmtree(local)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(local)

@@ -182,17 +182,10 @@ def test_trainer_first_logs_hyperparameters_and_their_metric() -> None:
     }
 
 
-def test_trainer_logs_the_graph() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_trainer_logs_the_graph_in_every_precision(precision: Any) -> None:
     logger = TensorBoardLogger("logs", log_graph=True)
     model = LoggingModel()
     model.example_input_array = torch.zeros(1, 32)
-    fit(model, logger)
-    assert events(logger.log_dir).Tags()["graph"]
-
-
-def test_trainer_logs_the_graph_of_a_model_in_half_precision() -> None:
-    logger = TensorBoardLogger("logs", log_graph=True)
-    model = LoggingModel()
-    model.example_input_array = torch.zeros(1, 32)
-    fit(model, logger, precision="bf16-true")
+    fit(model, logger, precision=precision)
     assert events(logger.log_dir).Tags()["graph"]

@@ -168,10 +168,15 @@ class TensorBoardLogger(FolderLogger):
             self._add_graph(model, example)
 
     def _add_graph(self, model: Module, example: Any) -> None:
-        with warnings.catch_warnings(), torch.no_grad():
-            # SummaryWriter traces with torch.jit, whose deprecation no user of this method can do anything about.
-            warnings.filterwarnings("ignore", message=r"`torch\.jit\.trace.*` is deprecated", category=DeprecationWarning)
-            self.experiment.add_graph(model, example)
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a trace cannot hold the cached copies of weights
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                # SummaryWriter traces with torch.jit, whose deprecation no user of this method can do anything about.
+                warnings.filterwarnings("ignore", message=r"`torch\.jit\.trace.*` is deprecated", category=DeprecationWarning)
+                self.experiment.add_graph(model, example)
+        finally:
+            torch.set_autocast_cache_enabled(cache)
 
     @rank_zero_only
     def save(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -18,6 +20,7 @@ from lightning.pytorch.loggers.utilities import write_hparams
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.fabric.precision import Precision
 
 
 class TensorBoardLogger(Logger, FabricTensorBoardLogger):
@@ -108,7 +111,12 @@ class TensorBoardLogger(Logger, FabricTensorBoardLogger):
         example = model.on_before_batch_transfer(example, 0)
         example = model.transfer_batch_to_device(example, model.device, 0)
         example = model.on_after_batch_transfer(example, 0)
-        self._add_graph(model, example)
+        with traceable(model) as precision:
+            if precision is None:
+                self._add_graph(model, example)
+            else:
+                with precision.forward_context():
+                    self._add_graph(model, precision.convert_input(example))
 
     @rank_zero_only
     def save(self) -> None:
@@ -131,6 +139,22 @@ class TensorBoardLogger(Logger, FabricTensorBoardLogger):
         if self._experiment is not None:
             self.save()
         super().finalize(status)
+
+
+@contextmanager
+def traceable(model: pl.LightningModule) -> Generator[Precision | None, None, None]:
+    """Let a trace look at every attribute of a module, also of one without a trainer; gives the trainer's precision, if there is one."""
+    from lightning.pytorch.core.module import LightningModule
+
+    modules = [module for module in model.modules() if isinstance(module, LightningModule)]
+    for module in modules:
+        module.__dict__["_jit_is_scripting"] = True  # `module.trainer` is then None where it would raise
+    try:
+        trainer = model.trainer
+        yield None if trainer is None else trainer.precision_plugin
+    finally:
+        for module in modules:
+            del module.__dict__["_jit_is_scripting"]
 
 
 def exists(path: str) -> bool:

@@ -231,8 +231,11 @@ class RichProgressBar(ProgressBar):
         if not hard and before < self._next_drawing < math.inf:
             return
         self.progress.refresh()
-        after = monotonic()
-        self._next_drawing = after + max(1 / self._refresh_rate, (after - before) / DRAWING_SHARE)
+        self._drawn(since=before)
+
+    def _drawn(self, since: float) -> None:
+        now = monotonic()
+        self._next_drawing = now + max(1 / self._refresh_rate, (now - since) / DRAWING_SHARE)
 
     def _init_progress(self, trainer: pl.Trainer) -> None:
         if self.is_disabled or self.progress is not None:
@@ -263,9 +266,10 @@ class RichProgressBar(ProgressBar):
     def _add_task(self, total: int | float, description: str, done: int = 0, **fields: Any) -> TaskID | None:
         if self.progress is None:
             return None
+        before = monotonic()
         known = float(total) if math.isfinite(total) else None
-        task_id = self.progress.add_task(description, total=known, completed=done, initial=done, **fields)
-        self.refresh(hard=True)
+        task_id = self.progress.add_task(description, total=known, completed=done, initial=done, **fields)  # draws
+        self._drawn(since=before)
         return task_id
 
     def _remove_task(self, task_id: TaskID | None) -> None:
@@ -300,6 +304,8 @@ class RichProgressBar(ProgressBar):
         self._begin_epoch(trainer)
 
     def _begin_epoch(self, trainer: pl.Trainer, done: int = 0) -> None:
+        if self.progress is None:
+            return
         self._remove_task(self.train_progress_bar_id)
         self._train_total, self._train_done = self.total_train_batches, done
         last = f"/{trainer.max_epochs - 1}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
@@ -412,6 +418,7 @@ class RichProgressBar(ProgressBar):
         self.reset_dataloader_idx_tracker()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._advance(self.train_progress_bar_id, self._train_done)
         self._stop_progress()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DistributedSampler, Sampler
 
-from lightning.fabric.utilities.cloud_io import is_local
+from lightning.fabric.utilities.cloud_io import local_path
 from lightning.fabric.utilities.data import sized_len
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ def is_shared_filesystem(strategy: Strategy, path: str | Path | None = None, tim
     Raises:
         FileNotFoundError: if there is no such path on one of the machines.
     """
-    if strategy.world_size == 1 or (path is not None and not is_local(path)):
+    local = local_path("." if path is None else path)
+    if strategy.world_size == 1 or local is None:
         return True
-    here = Path.cwd() if path is None else Path(path).absolute()
+    here = Path(local).absolute()
     if not strategy.reduce_boolean_decision(strategy.broadcast(here) == here, all=True):
         return False
     if not strategy.reduce_boolean_decision(here.exists(), all=True):

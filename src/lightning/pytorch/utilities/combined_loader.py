@@ -74,7 +74,7 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         self._limits_in_use: list[int | float] | None = None
         self._iterator: Iterator[tuple[Any, int, int]] | None = None
         self._progress = _Progress.fresh(len(self._flattened))
-        self._resume: _Progress | None = None
+        self._loaded: dict[str, Any] | None = None
 
     @property
     def mode(self) -> str:
@@ -151,8 +151,11 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         return self._count(self._limits)
 
     def _count(self, limits: list[int | float] | None) -> int | float:
-        lengths = [_INF if (size := sized_len(loader)) is None else size for loader in self._flattened]
-        return _LENGTHS[self._mode](lengths if limits is None else [min(pair) for pair in zip(lengths, limits)])
+        return _LENGTHS[self._mode](self._sizes(limits))
+
+    def _sizes(self, limits: list[int | float] | None) -> list[int | float]:
+        sizes = [_INF if (size := sized_len(loader)) is None else size for loader in self._flattened]
+        return sizes if limits is None else [min(pair) for pair in zip(sizes, limits)]
 
     def __len__(self) -> int:
         """The number of batches of the running iteration, or of the last one.
@@ -182,9 +185,11 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
                     f"{type(loader).__name__}: {loader!r}."
                 )
         self._iterator = None  # frees the workers of the iteration before, unless somebody still uses it
-        progress, self._resume = self._resume or _Progress.fresh(len(self._flattened)), None
         self._limits_in_use = self._limits
-        self._progress = progress
+        if self._loaded is None:
+            self._progress = _Progress.fresh(len(self._flattened))
+        self._loaded = None
+        progress = self._progress
         limits = [_INF] * len(self._flattened) if self._limits is None else self._limits
         passes = [_Pass(loader, limit, cursor) for loader, limit, cursor in zip(self._flattened, limits, progress.cursors)]
         if self._mode == "sequential":
@@ -204,12 +209,18 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
     def state_dict(self) -> dict[str, Any]:
         """The states of the iterables that have ``state_dict`` and ``load_state_dict``, and how far each iterable got.
 
-        Empty if none of the iterables has a state.
+        Empty if none of the iterables has a state. After the last batch, and for iterables that were left half-way, it
+        says that the next iteration starts anew.
         """
-        stateful = [loader for loader in self._flattened if isinstance(loader, _Stateful)]
+        if self._loaded is not None:
+            return self._loaded
+        stateful = [place for place, loader in enumerate(self._flattened) if isinstance(loader, _Stateful)]
         if not stateful:
             return {}
-        return {"loaders": [loader.state_dict() for loader in stateful], **self._progress.state_dict()}
+        sizes = self._sizes(self._limits_in_use)
+        progress = self._progress.settled(sizes, self._mode == "sequential", _LENGTHS[self._mode](sizes))
+        states = [self._flattened[place].state_dict() if progress.cursors[place].live else None for place in stateful]
+        return {"loaders": states, **progress.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Let the next ``iter`` continue with the batch after the last one, under its ``batch_idx``.
@@ -223,7 +234,7 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         Raises:
             RuntimeError: if it has not as many states as there are iterables that take one.
         """
-        states = state_dict if isinstance(state_dict, list) else state_dict.get("loaders", [])
+        states = state_dict.get("loaders", []) if isinstance(state_dict, dict) else state_dict
         stateful = [loader for loader in self._flattened if isinstance(loader, _Stateful)]
         if not states:
             return
@@ -233,10 +244,12 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
                 f"{len(self._flattened)} iterables have `state_dict` and `load_state_dict`. Resume with the loaders of the run "
                 "that wrote the checkpoint."
             )
+        if isinstance(state_dict, dict):
+            self._progress = _Progress.from_state_dict(state_dict, len(self._flattened))
+            self._loaded = state_dict
         for loader, state in zip(stateful, states):
-            loader.load_state_dict(state)
-        if not isinstance(state_dict, list):
-            self._resume = _Progress.from_state_dict(state_dict, len(self._flattened))
+            if state is not None:
+                loader.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_iterator": None}  # a running iteration stays in its process
@@ -310,10 +323,17 @@ def _build_nested(assemble: Build, parts: list[tuple[int, Build]], values: Itera
 
 @dataclass(slots=True)
 class _Cursor:
-    """The place in one iterable: batches taken since it was last started, and how often it was read to its end."""
+    """The place in one iterable.
+
+    Args:
+        batches: taken since it was last started.
+        passes: how often it was read to its end, or its limit.
+        live: whether its own state says where it is: it was started, and then not left half-way.
+    """
 
     batches: int = 0
     passes: int = 0
+    live: bool = False
 
 
 @dataclass(slots=True)
@@ -331,10 +351,19 @@ class _Progress:
     def restart(self) -> None:
         self.batch_idx = self.dataloader_idx = 0
         for cursor in self.cursors:
+            cursor.live = cursor.live and cursor.batches == 0
             cursor.batches = cursor.passes = 0
 
+    def settled(self, sizes: list[int | float], sequential: bool, total: int | float) -> _Progress:
+        """The same place, where what gave its last batch is over, though nobody has asked it for one more."""
+        left = sum(sizes[self.dataloader_idx :]) if sequential else total
+        if 0 < self.batch_idx >= left:
+            return _Progress.fresh(len(self.cursors))
+        cursors = [_Cursor(0, c.passes + 1) if 0 < c.batches >= size else c for c, size in zip(self.cursors, sizes)]
+        return _Progress(self.batch_idx, self.dataloader_idx, cursors)
+
     def state_dict(self) -> dict[str, Any]:
-        cursors = [[cursor.batches, cursor.passes] for cursor in self.cursors]
+        cursors = [[cursor.batches, cursor.passes, cursor.live] for cursor in self.cursors]
         return {"batch_idx": self.batch_idx, "dataloader_idx": self.dataloader_idx, "cursors": cursors}
 
     @classmethod
@@ -359,6 +388,7 @@ class _Pass:
     def start(self, tracked: bool = False) -> Iterator[Any]:
         """The batches from the cursor on; the cursor follows if ``tracked``."""
         done = self.cursor.batches
+        self.cursor.live = True
         iterator = iter(self.loader)
         if done and not self.stateful:
             deque(islice(iterator, done), maxlen=0)
@@ -371,6 +401,7 @@ class _Pass:
         for batch in iterator:
             cursor.batches += 1
             yield batch
+        cursor.live = cursor.batches < self.limit
         cursor.batches = 0
         cursor.passes += 1
 
@@ -430,23 +461,22 @@ def _warn_of_single_pass(place: int, each: _Pass) -> None:
 
 def _one_after_another(passes: list[_Pass], progress: _Progress) -> Iterator[tuple[Any, int, int]]:
     """The batches of each in turn; only the one being read is started, the first of them here and now."""
-    todo = [place for place in range(progress.dataloader_idx, len(passes)) if passes[place].limit > 0]
+    todo = [place for place, each in enumerate(passes) if each.limit > 0 and each.cursor.passes == 0]
     tracked = any(each.stateful for each in passes)
-    ready = [passes[place].start() for place in todo[:1]]
+    ready = [passes[place].start(tracked) for place in todo[:1]]
 
     def parts() -> Iterator[Iterator[tuple[Any, int, int]]]:
         for place in todo:
             first = passes[place].cursor.batches
-            part = zip(ready.pop() if ready else passes[place].start(), count(first), repeat(place))
-            yield _count_parts(part, passes[place].cursor, progress) if tracked else part
+            part = zip(ready.pop() if ready else passes[place].start(tracked), count(first), repeat(place))
+            yield _count_items(part, progress) if tracked else part
             del part  # and with it the workers, before the next one starts
         progress.restart()
 
     return chain.from_iterable(parts())
 
 
-def _count_parts(part: Iterator[tuple[Any, int, int]], cursor: _Cursor, progress: _Progress) -> Iterator[tuple[Any, int, int]]:
+def _count_items(part: Iterator[tuple[Any, int, int]], progress: _Progress) -> Iterator[tuple[Any, int, int]]:
     for item in part:
-        cursor.batches = progress.batch_idx = item[1] + 1
-        progress.dataloader_idx = item[2]
+        progress.batch_idx, progress.dataloader_idx = item[1] + 1, item[2]
         yield item

@@ -243,7 +243,7 @@ class Decoder(Walker):
         if type(obj) is not dict or TAG not in obj:
             return self.mapping(obj, place)
         name = obj[TAG]
-        if name == "opaque" and self.trusted:
+        if name == "opaque" and self.trusted and not obj["value"].is_meta:
             return from_bytes(obj["value"], self.map_location)
         try:
             return self.untagged(name, obj, place)

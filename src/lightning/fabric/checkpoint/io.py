@@ -209,7 +209,9 @@ def _explain(error: Exception, file: IO[bytes], start: int, name: str, trusted: 
     size = file.seek(0, os.SEEK_END) - start
     file.seek(start)
     is_archive = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-    if "PytorchStreamReader" in message or "Invalid magic number" in message or isinstance(error, EOFError) or size == 0:
+    # a file cut off near its end sends the reader to a place before its start (EINVAL)
+    cut_off = isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno == errno.EINVAL)
+    if cut_off or size == 0 or "PytorchStreamReader" in message or "Invalid magic number" in message:
         return DamagedCheckpoint(f"The checkpoint {name} is incomplete or damaged ({size} bytes). Was it copied completely? ({message})")
     if trusted or isinstance(error, (RuntimeError, OSError, MemoryError)):
         return None

@@ -126,12 +126,19 @@ ATTRIBUTE_DICT = plain("AttributeDict", dict, attribute_dict)
 MEMORY_FORMATS = {name: getattr(torch, name) for name in ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")}
 
 
+def on_cpu(data: torch.Tensor) -> torch.Tensor:
+    """Data that is no model's tensor, and that ``map_location`` may have taken along."""
+    if data.is_meta:
+        raise CannotBuild("its data went to the meta device: load with another map_location")
+    return data.cpu()
+
+
 def read_generator(details: dict[str, Any], content: Any) -> torch.Generator:
     try:
         generator = torch.Generator(device=details["device"])
     except RuntimeError as error:
         raise CannotBuild(f"this machine has no device {details['device']} for a random generator ({error})") from None
-    return generator.set_state(content.cpu())
+    return generator.set_state(on_cpu(content))
 
 
 def write_tensor(tensor: torch.Tensor) -> tuple[dict[str, Any], Any]:
@@ -185,7 +192,7 @@ def read_array(details: dict[str, Any], content: Any) -> Any:
     if isinstance(content, torch.Tensor) and not dtype.hasobject:
         if content.numel() == 0 and math.prod(shape) * dtype.itemsize:
             raise ValueError("no elements for the shape")  # np.empty would show what lies in memory
-        return content.cpu().numpy().view(dtype).reshape(shape) if content.numel() else np.empty(shape, dtype)
+        return on_cpu(content).numpy().view(dtype).reshape(shape) if content.numel() else np.empty(shape, dtype)
     if dtype.str != "|O" or type(content) is not list:
         raise ValueError("elements and dtype do not fit together")
     array = np.empty(len(content), object)

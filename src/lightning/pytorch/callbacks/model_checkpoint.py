@@ -438,7 +438,7 @@ class ModelCheckpoint(Checkpoint):
         full = self.save_top_k != -1 and len(self.best_k_models) >= self.save_top_k
         path = self._free_path(trainer, metrics, own=self.kth_best_model_path if full else "")
         dropped = self.kth_best_model_path if full and path not in self.best_k_models else ""
-        kept = {kept: its_score for kept, its_score in self.best_k_models.items() if kept not in (dropped, path)}
+        kept = {kept: its_score for kept, its_score in self.best_k_models.items() if kept != dropped}
         with self._unchanged_on_error():
             self.current_score = score
             self._rank({**kept, path: score})

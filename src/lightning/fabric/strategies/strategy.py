@@ -1,0 +1,291 @@
+"""Strategy: how a module, its optimizers and its data are laid out over devices and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning.fabric.precision import Precision
+from lightning.fabric.utilities.apply_func import move_data_to_device
+
+if TYPE_CHECKING:
+    from lightning.fabric.accelerators.accelerator import Accelerator
+    from lightning.fabric.checkpoint.io import CheckpointIO
+
+T = TypeVar("T")
+TBroadcast = TypeVar("TBroadcast")
+TReduce = TypeVar("TReduce")
+
+
+class Strategy:
+    """One process on one device, and the interface that every other strategy fills in.
+
+    It knows plain modules and optimizers only. The loops ask it for bound functions once, before the first step.
+
+    Args:
+        accelerator: the kind of device.
+        checkpoint_io: writes and reads checkpoints; None for one atomic local or remote file.
+        precision: the numbers that the module computes with; None for 32 bits.
+    """
+
+    strategy_name = "single_device"
+
+    def __init__(
+        self, accelerator: Accelerator | None = None, checkpoint_io: CheckpointIO | None = None, precision: Precision | None = None
+    ) -> None:
+        self._accelerator = accelerator
+        self._checkpoint_io = checkpoint_io
+        self._precision = precision
+        self.module: Module | None = None
+        self.model: Any = None  # the module as it runs: wrapped, where the strategy wraps it
+        self.optimizers: list[Optimizer] = []
+        self.lr_scheduler_configs: list[Any] = []
+        self._lightning_optimizers: list[Any] = []
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The kind of device."""
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def precision(self) -> Precision:
+        """The numbers that the module computes with."""
+        if self._precision is None:
+            self._precision = Precision()
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        self._precision = precision
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Another name of :attr:`precision`."""
+        return self.precision
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes and reads checkpoints."""
+        if self._checkpoint_io is None:
+            from lightning.fabric.checkpoint.io import TorchCheckpointIO
+
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO | None) -> None:
+        self._checkpoint_io = checkpoint_io
+
+    @property
+    def lightning_module(self) -> Any:
+        """The module as the user wrote it."""
+        return self.module
+
+    # ---- where this process is --------------------------------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        return torch.device("cpu")
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return 1
+
+    @property
+    def global_rank(self) -> int:
+        """This process's index among all."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """This process's index on its machine."""
+        return 0
+
+    @property
+    def node_rank(self) -> int:
+        """The index of this process's machine."""
+        return 0
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process speaks for all: it logs, prints and writes."""
+        return self.global_rank == 0
+
+    # ---- setting up -------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Make the device of this process ready."""
+        if self.accelerator is not None:
+            self.accelerator.setup_device(self.root_device)
+
+    def connect(self, module: Module) -> None:
+        """Take the user's module, before it is set up."""
+        self.module = self.model = module
+
+    def setup_module(self, module: Module) -> Module:
+        """Return the module as it will run: converted, moved, and wrapped where the strategy wraps."""
+        module = self.precision.convert_module(module)
+        self.module_to_device(module)
+        return module
+
+    def module_to_device(self, module: Module) -> None:
+        """Move the module to the device of this process."""
+        module.to(self.root_device)
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer as it will run."""
+        return optimizer
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """A context to build a module in: on the device and in the precision of the run.
+
+        Args:
+            empty_init: leave the weights uninitialised, where they will be loaded anyway.
+        """
+        with self.root_device, self.precision.module_init_context(), _skip_init() if empty_init else nullcontext():
+            yield
+
+    @contextmanager
+    def tensor_init_context(self) -> Generator[None, None, None]:
+        """A context in which new tensors are on the device and in the precision of the run."""
+        with self.root_device, self.precision.tensor_init_context():
+            yield
+
+    def bind(self, name: str) -> Callable[..., Any]:
+        """The step function ``name`` of the module, to be called as it runs under this strategy."""
+        return getattr(self.model, name)  # type: ignore[no-any-return]
+
+    def process_dataloader(self, dataloader: T) -> T:
+        """Return the loader as this process needs it."""
+        return dataloader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Return the batch on the device of this process."""
+        return move_data_to_device(batch, device or self.root_device)
+
+    # ---- stepping ---------------------------------------------------------------------------------------------------
+
+    def no_backward_sync(self) -> AbstractContextManager[Any]:
+        """A context in which backward keeps gradients local, for all but the last batch of an accumulation window."""
+        return nullcontext()
+
+    def backward(self, tensor: Tensor, module: Module | None = None, *args: Any, **kwargs: Any) -> None:
+        """Run backward on a scalar, scaled where the precision needs it."""
+        tensor = self.precision.pre_backward(tensor, module)
+        self.precision.backward(tensor, module, *args, **kwargs)
+        self.precision.post_backward(tensor, module)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Step the optimizer with a closure that computes the gradients."""
+        return self.precision.optimizer_step(optimizer, closure=closure, **kwargs)
+
+    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
+        """Clip the gradients of the optimizer's parameters, by their norm or by value."""
+        self.precision.clip_gradients(optimizer, clip_val, algorithm)
+
+    # ---- processes --------------------------------------------------------------------------------------------------
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce a tensor over all processes."""
+        return tensor
+
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Another name of :meth:`reduce`."""
+        return self.reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather a tensor from all processes."""
+        return tensor
+
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        """Return the object of process ``src`` on every process."""
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until all processes are here."""
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes, or any, say True."""
+        return decision
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """The weights of the user's module."""
+        assert self.module is not None
+        return self.module.state_dict()
+
+    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights of the user's module.
+
+        Raises:
+            RuntimeError: if ``strict`` and keys or shapes do not match.
+        """
+        assert self.module is not None
+        self.module.load_state_dict(state_dict, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer."""
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Load the state of an optimizer."""
+        optimizer.load_state_dict(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint: all of it, or nothing."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    def load_checkpoint(self, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint to the CPU, so that the device never holds it twice."""
+        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Bring module and optimizer state back to the CPU, and free the device."""
+        self.precision.teardown()
+        if self.module is not None:
+            self.module.cpu()
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                if isinstance(state, dict):
+                    state.update({k: v.cpu() for k, v in state.items() if isinstance(v, Tensor) and v.device.type != "cpu"})
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+@contextmanager
+def _skip_init() -> Generator[None, None, None]:
+    """Turn torch's initialisers into no-ops: layers built inside keep the memory they were given."""
+    from torch.overrides import TorchFunctionMode
+
+    class SkipInit(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return func(*args, **kwargs)
+
+    with SkipInit():
+        yield

@@ -1,0 +1,318 @@
+"""What a checkpoint holds, and how a run continues from one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning._version import KERAUNOS_VERSION, __version__
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.core.datamodule import LightningDataModule
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import override_of
+from lightning.pytorch.loops.progress import Next
+
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.trainer import Trainer
+
+Checkpoint = dict[str, Any]
+
+FORMAT = 1  # of what stands under "keraunos" and in loops.fit_loop.progress
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
+    """The checkpoint of the run as it stands, under Lightning's public keys.
+
+    Args:
+        trainer: whose run.
+        weights_only: leave out what only a continued training needs.
+    """
+    module, strategy = trainer.lightning_module, trainer.strategy
+    checkpoint: Checkpoint = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": __version__.split("+")[0],
+        "state_dict": strategy.module_state_dict(),
+        "loops": _loops_state(trainer),
+        "keraunos": {"version": KERAUNOS_VERSION, "format": FORMAT},
+    }
+    if not weights_only:
+        checkpoint["callbacks"] = _callback_states(trainer)
+        checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        checkpoint["keraunos"]["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        checkpoint["keraunos"]["lr_schedulers"] = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        precision = strategy.precision
+        state = precision.state_dict()
+        if state:
+            checkpoint[type(precision).__qualname__] = state
+        precision.on_save_checkpoint(checkpoint)
+    for owner in (module, trainer.datamodule):
+        if owner is not None and owner.hparams:
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", None)
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = owner.hparams if _is_omega(owner.hparams) else dict(owner.hparams)
+    datamodule = trainer.datamodule
+    if datamodule is not None:
+        state = datamodule.state_dict()
+        if state:
+            checkpoint[type(datamodule).__qualname__] = state
+    if not weights_only:
+        for callback in trainer.callbacks:
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+    if datamodule is not None and override_of(datamodule, "on_save_checkpoint", LightningDataModule) is not None:
+        datamodule.on_save_checkpoint(checkpoint)  # type: ignore[attr-defined]
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _is_omega(value: Any) -> bool:
+    return type(value).__module__.startswith("omegaconf")
+
+
+def _loops_state(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "fit_loop": {"state_dict": {}, "progress": trainer.fit_loop.progress.state_dict()},
+        "validate_loop": {"state_dict": {}, "seen": list(trainer.validate_loop.seen)},
+    }
+
+
+def _callback_states(trainer: Trainer) -> dict[str, Any]:
+    states: dict[str, Any] = {}
+    for callback in trainer.callbacks:
+        state = callback.state_dict()
+        if state:
+            states[callback.state_key] = state
+    return states
+
+
+# ---- restoring ------------------------------------------------------------------------------------------------------
+
+
+def restore_modules(trainer: Trainer, checkpoint: Checkpoint, fitting: bool) -> None:
+    """Give weights, datamodule and, in fit, callbacks what the checkpoint holds for them. Optimizers come later."""
+    module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
+    strategy.precision.on_load_checkpoint(checkpoint)
+    if datamodule is not None:
+        state = checkpoint.get(type(datamodule).__qualname__)
+        if state is not None:
+            datamodule.load_state_dict(state)
+        if hasattr(datamodule, "on_load_checkpoint"):
+            datamodule.on_load_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    strategy.load_module_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    if fitting:
+        _restore_callbacks(trainer, checkpoint)
+
+
+def _restore_callbacks(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    states = checkpoint.get("callbacks")
+    for callback in trainer.callbacks:
+        if override_of(callback, "on_load_checkpoint", Callback) is not None:
+            callback.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+    if states is None:
+        return
+    here = {callback.state_key for callback in trainer.callbacks}
+    missing = [key for key in states if key not in here]
+    if missing:
+        rank_zero_warn(f"The checkpoint holds the state of callbacks that this trainer does not have: {missing}. Add them, or ignore this.")
+    import copy
+
+    for callback in trainer.callbacks:
+        state = states.get(callback.state_key)
+        if state is not None:
+            callback.load_state_dict(copy.deepcopy(state))
+
+
+def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Move the loop to where the checkpoint was saved, and give optimizers, schedulers and scaler their state.
+
+    Raises:
+        KeyError: if the checkpoint holds weights only.
+        MisconfigurationException: if it was saved with other optimizers or schedulers.
+    """
+    restore_progress(trainer, checkpoint)
+    strategy = trainer.strategy
+    if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
+        raise KeyError(
+            "The checkpoint holds weights only (it was saved with save_weights_only=True), so training cannot be resumed from it. "
+            "To start anew from its weights, use `Model.load_from_checkpoint(path)`."
+        )
+    names = checkpoint.get("keraunos", {})
+    optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+    _compare("optimizers", names.get("optimizers"), checkpoint["optimizer_states"], optimizers)
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
+        strategy.load_optimizer_state(optimizer, state)
+    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    _compare("learning rate schedulers", names.get("lr_schedulers"), checkpoint["lr_schedulers"], schedulers)
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
+        config.scheduler.load_state_dict(state)
+    state = checkpoint.get(type(strategy.precision).__qualname__)
+    if state is not None:
+        strategy.precision.load_state_dict(state)
+
+
+def _compare(what: str, saved: list[str] | None, states: list[Any], here: list[str]) -> None:
+    """Refuse to give the states of some optimizers to others."""
+    if len(states) != len(here) or (saved is not None and saved != here):
+        described = saved if saved is not None else f"{len(states)} of them"
+        raise MisconfigurationException(
+            f"The checkpoint was saved with the {what} {described}, and `configure_optimizers` returned {here}. "
+            "Return the same ones to resume; to start anew from the weights, use `Model.load_from_checkpoint(path)`."
+        )
+
+
+def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Move the fit loop to where the checkpoint was saved.
+
+    Raises:
+        MisconfigurationException: if the run's bounds lie before that point.
+    """
+    loop = trainer.fit_loop
+    p = loop.progress
+    state = checkpoint.get("loops", {}).get("fit_loop", {})
+    if "progress" in state:
+        p.load_state_dict(state["progress"])
+    else:
+        p.load_state_dict(progress_of_lightning(checkpoint))
+    if p.next is Next.EPOCH:
+        p.epoch += 1
+        p.batch_idx = 0
+        p.next = Next.BATCH
+    trainer.validate_loop.seen = list(checkpoint.get("loops", {}).get("validate_loop", {}).get("seen", []))
+    loop.restarting = True
+    bounded = loop.max_epochs is not None and loop.max_epochs != -1
+    if bounded and p.epoch > loop.max_epochs:  # type: ignore[operator]
+        raise MisconfigurationException(
+            f"The checkpoint is from epoch {checkpoint['epoch']}, and max_epochs={loop.max_epochs} ends the run before it. Set a higher one."
+        )
+
+
+def progress_of_lightning(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Our cursor, read off the progress trackers that Lightning 2.x saves.
+
+    Its trackers count what was ready, started, processed and completed, in total and in the current epoch; a checkpoint of
+    a finished epoch counts that epoch as processed, and one saved between epochs as completed.
+    """
+    epoch, global_step = checkpoint["epoch"], checkpoint["global_step"]
+    state = checkpoint.get("loops", {}).get("fit_loop")
+    if not state:
+        return {"epoch": epoch, "global_step": global_step, "stepped": global_step, "next": Next.EPOCH}
+    epochs = state["epoch_progress"]["current"]
+    batches = state["epoch_loop.batch_progress"]
+    stepped = state.get("epoch_loop.state_dict", {}).get("_batches_that_stepped", global_step)
+    progress = {"epoch": epoch, "global_step": global_step, "total_batches": batches["total"]["processed"], "stepped": stepped}
+    if epochs["ready"] == epochs["completed"]:
+        return {**progress, "epoch": epochs["completed"], "batch_idx": 0, "next": Next.BATCH}
+    if epochs["processed"] == epochs["ready"]:
+        return {**progress, "batch_idx": batches["current"]["processed"], "next": Next.EPOCH}
+    ended = batches["is_last_batch"] and batches["current"]["completed"] == batches["current"]["ready"]
+    return {
+        **progress,
+        "batch_idx": batches["current"]["processed"],
+        "stepped": stepped + 1,  # it counts a batch only when the validation after it is done
+        "next": Next.EPOCH_END if ended else Next.BATCH,
+    }
+
+
+# ---- ckpt_path ------------------------------------------------------------------------------------------------------
+
+
+def resolve_path(trainer: Trainer, ckpt_path: Any, model_given: bool) -> Any:
+    """The checkpoint that ``ckpt_path`` means: a path or URL, ``"best"``, ``"last"``, ``"hpc"``, or none.
+
+    Args:
+        trainer: whose callbacks know the best and the last.
+        ckpt_path: what was given to fit, validate, test or predict.
+        model_given: whether a model was given too; without one, evaluation means the best of the last fit.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    function = trainer.state.fn.value if trainer.state.fn is not None else "fit"
+    fitting = function == "fit"
+    call = f".{function}(ckpt_path={ckpt_path!r})"
+    if ckpt_path is None and (model_given or fitting):
+        return None
+    if ckpt_path is None:
+        if not (trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path):  # type: ignore[attr-defined]
+            return None
+        rank_zero_warn(
+            f"`{call}` was called without a model: the best checkpoint of the last fit is loaded. To use the weights as they are, "
+            "pass the model; to say it explicitly, pass ckpt_path='best'."
+        )
+        ckpt_path = "best"
+    if ckpt_path == "best":
+        return _best(trainer, call)
+    if ckpt_path == "last":
+        return _last(trainer, call)
+    if ckpt_path == "hpc":
+        found = _newest_hpc(trainer)
+        if found is None:
+            raise ValueError(f"`{call}`: there is no checkpoint hpc_ckpt_*.ckpt in {trainer.default_root_dir}.")
+        return found
+    if not isinstance(ckpt_path, str) and not hasattr(ckpt_path, "__fspath__"):
+        raise TypeError(f"`{call}`: ckpt_path must be a path, a URL, 'best', 'last' or 'hpc'.")
+    return ckpt_path
+
+
+def _best(trainer: Trainer, call: str) -> str:
+    callbacks = [c for c in trainer.checkpoint_callbacks if hasattr(c, "best_model_path")]
+    if not callbacks:
+        raise ValueError(f"`{call}`: the trainer has no ModelCheckpoint that could know which is best. Add one, or pass a path.")
+    if len(callbacks) > 1:
+        rank_zero_warn(f"`{call}`: there are {len(callbacks)} checkpoint callbacks; the best of the first one is used.")
+    path = str(callbacks[0].best_model_path)
+    if not path:
+        hint = " fast_dev_run saves no checkpoints." if trainer.fast_dev_run else ""
+        raise ValueError(f"`{call}`: no best checkpoint was saved yet.{hint} Call fit first, or pass a path.")
+    return path
+
+
+def _last(trainer: Trainer, call: str) -> str | None:
+    from lightning.fabric.utilities.cloud_io import get_filesystem
+
+    candidates: dict[str, float] = {}
+    for callback in trainer.checkpoint_callbacks:
+        finder = getattr(callback, "_find_last_checkpoints", None)
+        for path in finder(trainer) if finder is not None else ():
+            filesystem = get_filesystem(path)
+            if filesystem.exists(path):
+                candidates[str(path)] = _modified(filesystem, path)
+    if not candidates:
+        rank_zero_warn(f"`{call}`: no last checkpoint was found, so none is loaded.")
+        return None
+    return max(candidates, key=candidates.__getitem__)
+
+
+def _modified(filesystem: Any, path: Any) -> float:
+    try:
+        return float(filesystem.modified(path).timestamp())
+    except NotImplementedError:
+        return 0.0
+
+
+def _newest_hpc(trainer: Trainer) -> str | None:
+    """The checkpoint with the highest number that a preempted job left in the run's folder."""
+    import re
+
+    from lightning.fabric.utilities.cloud_io import get_filesystem
+
+    folder = trainer.default_root_dir
+    filesystem = get_filesystem(folder)
+    if not filesystem.isdir(folder):
+        return None
+    found = {}
+    for path in filesystem.ls(folder, detail=False):
+        match = re.search(r"hpc_ckpt_(\d+)\.ckpt$", str(path))
+        if match:
+            found[int(match.group(1))] = str(path)
+    return found[max(found)] if found else None
+
+
+def announce(path: Any) -> None:
+    """Say what was restored."""
+    rank_zero_info(f"Restored all states from the checkpoint at {path}")

@@ -1,0 +1,302 @@
+"""The loaders of a run: asked for, checked, and limited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, SequentialSampler
+
+from lightning.fabric.utilities.data import (
+    has_iterable_dataset, is_shuffled, replace_sampler, seed_workers, set_sampler_epoch, sized_len,
+)  # fmt: skip
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.core.datamodule import LightningDataModule
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import override_of, spanned
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.trainer import Trainer
+
+UNBOUNDED = float("inf")
+HOOKS = {"train": "train_dataloader", "val": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
+
+
+class TrainLoader:
+    """The training data of a run.
+
+    Args:
+        combined: one loader, or several under a CombinedLoader's mode.
+        num_batches: batches in an epoch, infinity if unknown.
+        length_is_known: whether the loader really gives as many as it says.
+    """
+
+    def __init__(self, combined: CombinedLoader, num_batches: float, length_is_known: bool) -> None:
+        self.combined = combined
+        self.num_batches = num_batches
+        self.length_is_known = length_is_known
+        # One plain loader is iterated as it is; several give (batch, batch_idx, dataloader_idx), of which the batch is wanted.
+        single = len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
+        self.iterable: Iterable[Any] = combined.flattened[0] if single else _Batches(combined)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell samplers that shuffle by epoch which one it is."""
+        for loader in self.combined.flattened:
+            set_sampler_epoch(loader, epoch)
+
+
+class _Batches:
+    """The batches of a CombinedLoader without their indices; can be iterated again for the next epoch."""
+
+    def __init__(self, combined: CombinedLoader) -> None:
+        self.combined = combined
+
+    def __iter__(self) -> Any:
+        return (batch for batch, _, _ in self.combined)
+
+
+class EvalLoaders:
+    """The loaders of an evaluation or prediction, one after another.
+
+    Args:
+        given: what the user gave, for ``trainer.val_dataloaders`` and its like.
+        loaders: the flat list.
+        num_batches: batches to take from each, infinity if unknown.
+    """
+
+    def __init__(self, given: Any, loaders: list[Any], num_batches: list[float]) -> None:
+        self.given = given
+        self.loaders = loaders
+        self.num_batches = num_batches
+
+
+class RunData:
+    """Where the loaders of the current run come from, and those that are there already.
+
+    Args:
+        trainer: whose run it is.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.given: dict[str, Any] = {}
+        self.loaded: dict[str, Any] = {}
+        self.train_epoch: int | None = None  # the epoch in which a loader was asked for last
+        self.val_epoch: int | None = None
+
+    def reset(self, **given: Any) -> None:
+        """Start a run with the loaders that were passed to it; None means that a hook gives them."""
+        self.given = given
+        self.loaded = {}
+        self.train_epoch = self.val_epoch = None
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainLoader:
+        """The training data, asked for once."""
+        if "train" not in self.loaded:
+            self.train_epoch = self.trainer.current_epoch
+            self.loaded["train"] = self._load_train()
+        return self.loaded["train"]  # type: ignore[no-any-return]
+
+    def reload_train_if_due(self, epoch: int) -> None:
+        """Ask for the training loader anew where ``reload_dataloaders_every_n_epochs`` says so."""
+        if self._is_due(epoch, self.train_epoch):
+            del self.loaded["train"]
+            self.trainer.fit_loop.set_loader(self.train(), self.trainer.fit_loop.validates)
+
+    def reload_val_if_due(self, epoch: int) -> None:
+        """The same for validation inside fit."""
+        if self._is_due(epoch, self.val_epoch):
+            self.loaded.pop("val", None)
+
+    def _is_due(self, epoch: int, loaded_in: int | None) -> bool:
+        every = self.trainer._config.reload_dataloaders_every_n_epochs
+        return bool(every) and loaded_in is not None and epoch - loaded_in >= every
+
+    def _load_train(self) -> TrainLoader:
+        config, strategy = self.trainer._config, self.trainer.strategy
+        asked = self._ask("train")
+        if isinstance(asked, CombinedLoader):
+            combined = asked
+        else:
+            combined = CombinedLoader(asked, "max_size_cycle")
+        if config.overfit_batches > 0:
+            combined.flattened = [_unshuffled(loader, "train") for loader in combined.flattened]
+        combined.flattened = [strategy.process_dataloader(loader) for loader in combined.flattened]
+        for loader in combined.flattened:
+            _check_iterable(loader, self._asked_what("train"))
+            seed_workers(loader, strategy.global_rank)
+        length = combined.batch_count()
+        if length == 0 and config.limit_train_batches != 0:
+            raise MisconfigurationException(f"{self._asked_what('train')} gave a loader of length 0: there is nothing to train on.")
+        num_batches = limited(length, config.limit_train_batches, "limit_train_batches")
+        known = length != UNBOUNDED and not any(has_iterable_dataset(loader) for loader in combined.flattened)
+        self._warn_of_interval(num_batches)
+        return TrainLoader(combined, num_batches, known)
+
+    def _warn_of_interval(self, num_batches: float) -> None:
+        every = self.trainer._config.log_every_n_steps
+        if self.trainer.loggers and num_batches < every and not self.trainer.fast_dev_run:
+            rank_zero_warn(
+                f"An epoch has {num_batches} training batches, fewer than log_every_n_steps={every}: step values reach the loggers less than "
+                "once in an epoch. For more of them, set a lower value in the Trainer.",
+                category=PossibleUserWarning,
+            )
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation(self, stage: str) -> EvalLoaders:
+        """The loaders of ``"val"``, ``"test"`` or ``"predict"``, asked for once."""
+        if stage not in self.loaded:
+            if stage == "val":
+                self.val_epoch = self.trainer.current_epoch
+            self.loaded[stage] = self._load_evaluation(stage)
+        return self.loaded[stage]  # type: ignore[no-any-return]
+
+    def has(self, stage: str) -> bool:
+        """Whether somebody gives loaders for the stage."""
+        return self.given.get(stage) is not None or self._hook(stage) is not None
+
+    def _load_evaluation(self, stage: str) -> EvalLoaders:
+        config, strategy = self.trainer._config, self.trainer.strategy
+        asked = self._ask(stage)
+        if isinstance(asked, CombinedLoader) and asked.mode != "sequential":
+            # Loaders side by side count as one loader, whose batches are combinations.
+            loaders: list[Any] = [_Sized(asked)]
+        elif isinstance(asked, CombinedLoader):
+            loaders = list(asked.flattened)
+        else:
+            loaders = CombinedLoader(asked, "sequential").flattened
+        limit = getattr(config, f"limit_{stage}_batches")
+        counts: list[float] = []
+        for i, loader in enumerate(loaders):
+            _check_iterable(loader, self._asked_what(stage))
+            if stage == "val" and config.overfit_batches > 0:
+                loader = _unshuffled(loader, stage)
+            elif is_shuffled(loader):
+                rank_zero_warn(
+                    f"The {stage} loader shuffles its data. In evaluation the order should stay the same: set shuffle=False.",
+                    category=PossibleUserWarning,
+                )
+            loaders[i] = strategy.process_dataloader(loader)
+            seed_workers(loaders[i], strategy.global_rank)
+            length = sized_len(loaders[i])
+            if length == 0 and limit != 0:
+                raise MisconfigurationException(f"{self._asked_what(stage)} gave a loader of length 0: there is nothing to run on.")
+            counts.append(limited(UNBOUNDED if length is None else length, limit, f"limit_{stage}_batches"))
+        return EvalLoaders(asked, loaders, counts)
+
+    # ---- asking -----------------------------------------------------------------------------------------------------
+
+    def _hook(self, stage: str) -> Callable[[], Any] | None:
+        """The hook that gives the stage's loader: the datamodule's where there is one, else the module's."""
+        name, trainer = HOOKS[stage], self.trainer
+        for owner, base in ((trainer.datamodule, LightningDataModule), (trainer.lightning_module, LightningModule)):
+            if owner is not None:
+                found = override_of(owner, name, base)
+                if found is not None:
+                    if trainer._profiler is not None:
+                        return spanned(found, trainer._profiler, f"[{base.__name__}]{type(owner).__name__}.{name}")
+                    return found
+        return None
+
+    def _asked_what(self, stage: str) -> str:
+        """How errors call the source of the stage's loader."""
+        if self.given.get(stage) is not None:
+            return f"The {stage} loader that was passed to the trainer"
+        trainer = self.trainer
+        for owner, base in ((trainer.datamodule, LightningDataModule), (trainer.lightning_module, LightningModule)):
+            if owner is not None and override_of(owner, HOOKS[stage], base) is not None:
+                return f"`{type(owner).__name__}.{HOOKS[stage]}`"
+        return f"`{HOOKS[stage]}`"
+
+    def _ask(self, stage: str) -> Any:
+        given = self.given.get(stage)
+        if given is not None:
+            return given
+        hook = self._hook(stage)
+        if hook is None:
+            getattr(DataHooks, HOOKS[stage])(self.trainer.lightning_module)  # raises, saying what to do
+        assert hook is not None
+        metrics = self.trainer._metrics
+        outer, metrics.scope = metrics.scope, HOOKS[stage]
+        outer_entries, metrics.entries = metrics.entries, None  # no loop collects what this hook would log
+        try:
+            asked = hook()
+        finally:
+            metrics.scope, metrics.entries = outer, outer_entries
+        if asked is None:
+            raise TypeError(f"{self._asked_what(stage)} returned None; return a loader: any iterable, or a collection of them.")
+        return asked
+
+
+class _Sized:
+    """A CombinedLoader that runs its loaders side by side, seen as one loader of combined batches."""
+
+    def __init__(self, combined: CombinedLoader) -> None:
+        self.combined = combined
+
+    def __iter__(self) -> Any:
+        return (batch for batch, _, _ in self.combined)
+
+    def __len__(self) -> int:
+        if self.combined.batch_count() == UNBOUNDED:
+            raise TypeError("one of the combined loaders has no length")
+        return int(self.combined.batch_count())
+
+
+def _check_iterable(loader: Any, source: str) -> None:
+    if isinstance(loader, (str, bytes)) or not hasattr(loader, "__iter__"):
+        hint = " Wrap the data set into a DataLoader." if hasattr(loader, "__getitem__") and hasattr(loader, "__len__") else ""
+        raise TypeError(f"{source} gave {loader!r}, a {type(loader).__name__}, which cannot be iterated.{hint}")
+
+
+def _unshuffled(loader: Any, stage: str) -> Any:
+    """The loader in a fixed order, for overfitting on the same batches again and again."""
+    if not isinstance(loader, DataLoader) or not is_shuffled(loader):
+        return loader
+    rank_zero_warn(f"`overfit_batches` was set, so the shuffling of the {stage} loader is turned off.")
+    return replace_sampler(loader, SequentialSampler(loader.dataset))
+
+
+def limited(length: float, limit: float, name: str) -> float:
+    """The number of batches to take.
+
+    Args:
+        length: batches that there are, infinity if unknown.
+        limit: a number of batches, or a fraction as float.
+        name: the argument, for errors.
+
+    Raises:
+        MisconfigurationException: for a fraction of an unknown length, or one that comes to no batch.
+    """
+    if isinstance(limit, int) or limit == 0:
+        return min(length, int(limit))
+    if limit == 1.0:
+        return length
+    if length == UNBOUNDED:
+        raise MisconfigurationException(f"{name}={limit} is a fraction, and the loader has no length. Give 1.0, 0, or a number of batches.")
+    batches = int(length * limit)
+    if batches == 0:
+        raise MisconfigurationException(f"{name}={limit} of {length} batches is less than one batch: give at least {1 / length}.")
+    return batches
+
+
+def check_given(stage: str, loaders: Any, datamodule: Any) -> None:
+    """Refuse loaders and a datamodule at the same time, and things that are no datamodule.
+
+    Raises:
+        MisconfigurationException: if both are given.
+        TypeError: if ``datamodule`` is none.
+    """
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(f"datamodule={datamodule!r} is a {type(datamodule).__name__}; a LightningDataModule is needed.")
+    if loaders is not None and datamodule is not None:
+        raise MisconfigurationException(
+            f"`trainer.{stage}` got both loaders and a datamodule, and would not know which of them to use: pass one of them."
+        )

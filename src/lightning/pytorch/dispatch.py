@@ -1,0 +1,157 @@
+"""Hooks, resolved once per run: who overrides what, in which order, bound and ready to call."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.callbacks.checkpoint import Checkpoint
+from lightning.pytorch.core.datamodule import LightningDataModule
+from lightning.pytorch.core.hooks import DATA_HOOKS, EVENT_HOOKS, MODULE_HOOKS, REMOVED_HOOKS
+from lightning.pytorch.core.module import LightningModule
+
+if TYPE_CHECKING:
+    from lightning.pytorch.metrics import Metrics
+
+Hook = Callable[..., Any]
+
+
+def no_op(*args: Any) -> None:
+    """The hook that nobody overrides: all of them are this one function."""
+
+
+def override_of(owner: Any, name: str, base: type) -> Hook | None:
+    """The bound method ``name`` of ``owner`` if its class, or the instance itself, overrides that of ``base``."""
+    if name in owner.__dict__:
+        return getattr(owner, name)  # type: ignore[no-any-return]
+    if getattr(type(owner), name, None) is getattr(base, name, None):
+        return None
+    return getattr(owner, name)  # type: ignore[no-any-return]
+
+
+class Hooks:
+    """One attribute for each event: call it with the arguments of the module's hook of that name.
+
+    For each event the callbacks come in their order, then the module. The checkpoint callbacks' ``on_train_epoch_end`` is
+    an event of its own, ``on_train_epoch_end_checkpoints``: it comes after the module's.
+
+    Args:
+        trainer: passed to the callbacks as their first argument.
+        module: the module, passed to the callbacks as their second.
+        callbacks: in the order in which they run.
+        metrics: told which hook runs, so that ``self.log`` knows where it is called from.
+        profiler: spans around each hook; None for no spans.
+    """
+
+    def __init__(
+        self, trainer: Any, module: LightningModule, callbacks: Sequence[Callback], metrics: Metrics, profiler: Any = None
+    ) -> None:
+        self.on_train_epoch_end_checkpoints: Hook = no_op
+        for name in EVENT_HOOKS:
+            setattr(self, name, _resolve(name, trainer, module, callbacks, metrics, profiler))
+        if self.on_train_epoch_end is not no_op:
+            # What a checkpoint callback saves must hold what module and schedulers did at the epoch's end.
+            savers = [c for c in callbacks if isinstance(c, Checkpoint)]
+            others = [c for c in callbacks if not isinstance(c, Checkpoint)]
+            self.on_train_epoch_end = _resolve("on_train_epoch_end", trainer, module, others, metrics, profiler)
+            self.on_train_epoch_end_checkpoints = _resolve("on_train_epoch_end", trainer, None, savers, metrics, profiler)
+
+    def __getattr__(self, name: str) -> Hook:  # for the type checker: __init__ sets one attribute per event
+        raise AttributeError(name)
+
+
+def _resolve(
+    name: str, trainer: Any, module: LightningModule | None, callbacks: Sequence[Callback], metrics: Metrics, profiler: Any
+) -> Hook:
+    """The function of one event; ``module`` is None where only callbacks are asked."""
+    functions: list[Hook] = []
+    for callback in callbacks:
+        function = override_of(callback, name, Callback)
+        if function is not None:
+            function = partial(function, trainer, trainer.lightning_module)
+            functions.append(function if profiler is None else spanned(function, profiler, f"[Callback]{callback.state_key}.{name}"))
+    own = override_of(module, name, LightningModule) if module is not None and hasattr(LightningModule, name) else None
+    if own is not None and profiler is not None:
+        own = spanned(own, profiler, f"[LightningModule]{type(module).__name__}.{name}")
+    if not functions:
+        return no_op if own is None else scoped(own, name, metrics)
+    return scoped(_chain(functions, own), name, metrics)
+
+
+def _chain(functions: list[Hook], own: Hook | None) -> Hook:
+    """One function that calls all; it returns what the module's hook returns, since callbacks' values mean nothing."""
+
+    def call_all(*args: Any) -> Any:
+        for function in functions:
+            function(*args)
+        return own(*args) if own is not None else None
+
+    return call_all
+
+
+def scoped(function: Hook, name: str, metrics: Metrics) -> Hook:
+    """``function`` with ``metrics.scope`` set to ``name`` while it runs."""
+
+    def call(*args: Any) -> Any:
+        outer = metrics.scope
+        metrics.scope = name
+        try:
+            return function(*args)
+        finally:
+            metrics.scope = outer
+
+    return call
+
+
+def spanned(function: Hook, profiler: Any, action: str) -> Hook:
+    """``function`` inside a span of the profiler."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with profiler.profile(action):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def sorted_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    """The callbacks in their order, checkpoint callbacks last."""
+    ordinary = [c for c in callbacks if not isinstance(c, Checkpoint)]
+    return ordinary + [c for c in callbacks if isinstance(c, Checkpoint)]
+
+
+def check_names(module: LightningModule, datamodule: LightningDataModule | None, callbacks: Sequence[Callback]) -> None:
+    """Find methods that look like hooks and never run: removed ones raise, misspelt ones warn.
+
+    Raises:
+        NotImplementedError: for a hook that Lightning 2.0 removed.
+    """
+    module_hooks = [name for name in (*EVENT_HOOKS, *MODULE_HOOKS, *DATA_HOOKS) if hasattr(LightningModule, name)]
+    callback_hooks = [*EVENT_HOOKS, "on_exception", "on_save_checkpoint", "on_load_checkpoint"]
+    data_hooks = [*DATA_HOOKS, "on_exception"]
+    owners: list[tuple[Any, type, list[str]]] = [(module, LightningModule, module_hooks)]
+    owners += [(callback, Callback, callback_hooks) for callback in callbacks]
+    if datamodule is not None:
+        owners.append((datamodule, LightningDataModule, data_hooks))
+    for owner, base, hooks in owners:
+        _check_owner(owner, base, hooks)
+
+
+def _check_owner(owner: Any, base: type, hooks: list[str]) -> None:
+    defined = {name for cls in type(owner).__mro__ if cls not in base.__mro__ for name, value in vars(cls).items() if callable(value)}
+    known = set(dir(base))
+    for name in sorted(defined - known):
+        if name in REMOVED_HOOKS and base is not LightningDataModule:
+            raise NotImplementedError(
+                f"`{type(owner).__name__}.{name}` would never run: that hook was removed in Lightning 2.0. "
+                f"Use `{REMOVED_HOOKS[name]}` instead."
+            )
+        if not name.startswith("_"):
+            close = difflib.get_close_matches(name, hooks, n=1, cutoff=0.86)
+            if close and close[0] not in defined:
+                rank_zero_warn(
+                    f"`{type(owner).__name__}.{name}` is not a hook and will not be called by the trainer. Did you mean `{close[0]}`?"
+                )

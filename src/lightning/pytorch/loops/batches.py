@@ -1,0 +1,71 @@
+"""Batches on their way from a loader to a step: fetched, counted, moved to the device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+Prepare = Callable[[Any], Any]
+
+
+def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare) -> Iterator[tuple[Any, bool]]:
+    """Yield ``(batch, is_last)`` of a loader whose length is known.
+
+    Args:
+        loader: gives raw batches.
+        start: how many batches to pass over.
+        stop: the number of batches of the epoch, those passed over included.
+        prepare: moves a batch to the device.
+    """
+    index = start
+    for batch in islice(loader, start, None):
+        index += 1
+        is_last = index >= stop
+        yield prepare(batch), is_last
+        if is_last:
+            return
+
+
+def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepare) -> Iterator[tuple[Any, bool]]:
+    """Yield ``(batch, is_last)`` of a loader of unknown length: one raw batch is fetched ahead to know the last."""
+    batches = islice(loader, start, None if stop == float("inf") else int(stop))
+    try:
+        batch = next(batches)
+    except StopIteration:
+        return
+    for following in batches:
+        yield prepare(batch), False
+        batch = following
+    yield prepare(batch), True
+
+
+def step_with_index(step: Callable[..., Any], name: str) -> Callable[[Any, int], Any]:
+    """``step`` as a function of ``(batch, batch_idx)``, whether or not it takes the index.
+
+    Raises:
+        MisconfigurationException: if it takes no batch.
+    """
+    count, variadic, names = parameters_of(step)
+    if not variadic and count == 0:
+        raise MisconfigurationException(f"`{name}` takes no batch: define it as `{name}(self, batch, batch_idx)`.")
+    if "dataloader_iter" in names:
+        raise MisconfigurationException(
+            f"`{name}(self, dataloader_iter)` is not supported: take `(batch, batch_idx)`, or fetch further batches from a loader of your own."
+        )
+    if variadic or count >= 2:
+        return step
+    return lambda batch, batch_idx: step(batch)
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[int, bool, list[str]]:
+    """The number of positional parameters of a bound function, whether it takes ``*args``, and the names."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0, True, []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional), any(p.kind is p.VAR_POSITIONAL for p in parameters), [p.name for p in parameters]

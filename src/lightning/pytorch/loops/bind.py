@@ -1,0 +1,183 @@
+"""What a step calls, resolved once: the user's override where there is one, else the shortest way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning.fabric.precision import Precision
+from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.core.datamodule import LightningDataModule
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import no_op, override_of, scoped, spanned
+from lightning.pytorch.loops.batches import step_with_index
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.fit import FitLoop
+    from lightning.pytorch.trainer.trainer import Trainer
+
+
+def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:
+    """How a batch gets to the device: through the data hooks that somebody overrides."""
+    strategy, device = trainer.strategy, trainer.strategy.root_device
+    before = _data_hook(trainer, "on_before_batch_transfer")
+    move = _data_hook(trainer, "transfer_batch_to_device")
+    after = _data_hook(trainer, "on_after_batch_transfer")
+    convert = strategy.precision.convert_input if type(strategy.precision).convert_input is not Precision.convert_input else None
+    if before is None and move is None and after is None and convert is None:
+        if type(strategy).batch_to_device is Strategy.batch_to_device:
+            return partial(move_data_to_device, device=device)
+        return partial(strategy.batch_to_device, device=device, dataloader_idx=dataloader_idx)
+
+    def through_hooks(batch: Any) -> Any:
+        if convert is not None:
+            batch = convert(batch)
+        if before is not None:
+            batch = before(batch, dataloader_idx)
+        if move is not None:
+            batch = move(batch, device, dataloader_idx)
+        else:
+            batch = strategy.batch_to_device(batch, device, dataloader_idx)
+        return batch if after is None else after(batch, dataloader_idx)
+
+    return through_hooks
+
+
+def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:
+    """The override of a data hook: the datamodule's goes first, the module's where that has none."""
+    in_module = override_of(trainer.lightning_module, name, LightningModule)
+    in_data = override_of(trainer.datamodule, name, LightningDataModule) if trainer.datamodule is not None else None
+    if in_module is not None and in_data is not None:
+        rank_zero_warn(f"Both the LightningModule and the LightningDataModule override `{name}`: the datamodule's is used.")
+    found = in_data or in_module
+    if found is not None and trainer._profiler is not None:
+        owner = "LightningDataModule" if in_data is not None else "LightningModule"
+        found = spanned(found, trainer._profiler, f"[{owner}]{type(found.__self__).__name__}.{name}")  # type: ignore[attr-defined]
+    return found
+
+
+def training_step(trainer: Trainer) -> Callable[[Any, int], Any]:
+    """``training_step`` as it runs under the strategy, as a function of batch and index."""
+    step = step_with_index(trainer.strategy.bind("training_step"), "training_step")
+    if trainer._profiler is not None:
+        return spanned(step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.training_step")
+    return step
+
+
+def backward(trainer: Trainer) -> Callable[..., None]:
+    """Backward on the loss: scaled for fp16, through the user's override of ``backward`` if there is one."""
+    module, strategy = trainer.lightning_module, trainer.strategy
+    override = override_of(module, "backward", LightningModule)
+    precision = strategy.precision
+    plain = (
+        type(strategy).backward is Strategy.backward
+        and type(precision).backward is Precision.backward
+        and type(precision).pre_backward is Precision.pre_backward
+        and type(precision).post_backward is Precision.post_backward
+    )
+    if override is None:
+        return Tensor.backward if plain else partial(_strategy_backward, strategy, module)  # type: ignore[return-value]
+    override = scoped(override, "backward", trainer._metrics)
+    if plain:
+        return override
+
+    def through_override(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        override(precision.pre_backward(loss, module), *args, **kwargs)
+        precision.post_backward(loss, module)
+
+    return through_override
+
+
+def _strategy_backward(strategy: Strategy, module: LightningModule, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    strategy.backward(loss, module, *args, **kwargs)
+
+
+def _step_is_plain(strategy: Strategy) -> bool:
+    """Whether stepping an optimizer under strategy and precision is just ``optimizer.step(closure)``."""
+    precision = type(strategy.precision)
+    unscaled = precision.optimizer_step is Precision.optimizer_step or not strategy.precision.policy.scaler
+    known = precision.__module__ == Precision.__module__  # a user's own class may do anything
+    return type(strategy).optimizer_step is Strategy.optimizer_step and unscaled and (known or precision.optimizer_step is Precision.optimizer_step)
+
+
+def update(trainer: Trainer, loop: FitLoop) -> Callable[[Callable[[], Any]], Any]:
+    """One optimizer step with a closure: the user's ``optimizer_step``, else the optimizer's own, else through the precision."""
+    module, strategy = trainer.lightning_module, trainer.strategy
+    optimizer = strategy.optimizers[0]
+    override = override_of(module, "optimizer_step", LightningModule)
+    if override is not None:
+        override = scoped(override, "optimizer_step", trainer._metrics)
+        wrapped, progress = strategy._lightning_optimizers[0], loop.progress
+        return lambda closure: override(progress.epoch, progress.batch_idx, wrapped, closure)
+    if _step_is_plain(strategy):
+        step: Callable[[Callable[[], Any]], Any] = optimizer.step
+    else:
+        step = partial(strategy.optimizer_step, optimizer)
+    if trainer._profiler is not None:
+        return spanned(step, trainer._profiler, f"[Strategy]{type(strategy).__name__}.optimizer_step")
+    return step
+
+
+def zero_grad(trainer: Trainer, loop: FitLoop) -> Callable[[Any], Any]:
+    """Zeroing the gradients before a window's first backward."""
+    override = override_of(trainer.lightning_module, "optimizer_zero_grad", LightningModule)
+    if override is None:
+        return type(trainer.strategy.optimizers[0]).zero_grad
+    override = scoped(override, "optimizer_zero_grad", trainer._metrics)
+    progress = loop.progress
+    return lambda optimizer: override(progress.epoch, progress.batch_idx, optimizer)
+
+
+def clip(trainer: Trainer) -> Callable[[Any], Any]:
+    """Clipping before an automatic step."""
+    module, value, algorithm = trainer.lightning_module, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    overridden = any(override_of(module, name, LightningModule) for name in ("configure_gradient_clipping", "clip_gradients"))
+    if overridden:
+        configure = scoped(module.configure_gradient_clipping, "configure_gradient_clipping", trainer._metrics)
+        # By position: scoped() passes no keywords; the parameters' order is part of the hook's signature.
+        return lambda optimizer: configure(optimizer, value, algorithm)
+    if not value:
+        return no_op
+    strategy = trainer.strategy
+    return lambda optimizer: strategy.clip_gradients(optimizer, value, algorithm or "norm")
+
+
+def unscale(trainer: Trainer) -> Callable[[Any], Any]:
+    """Bringing fp16 gradients to their true size, where somebody looks at them before the step."""
+    module = trainer.lightning_module
+    precision = trainer.strategy.precision
+    looks = (
+        trainer._hooks.on_before_optimizer_step is not no_op
+        or trainer.gradient_clip_val
+        or any(override_of(module, name, LightningModule) for name in ("configure_gradient_clipping", "clip_gradients"))
+    )
+    if not looks or type(precision).unscale_gradients is Precision.unscale_gradients:
+        return no_op
+    return precision.unscale_gradients
+
+
+def detach_outputs(outputs: Any) -> Any:
+    """What ``training_step`` returned, without its graph: a dict with the loss under ``"loss"``."""
+    if isinstance(outputs, Tensor):
+        return {"loss": outputs.detach()}
+    return apply_to_collection(outputs, Tensor, Tensor.detach)
+
+
+def detach_manual_outputs(outputs: Any) -> Any:
+    """The same for manual optimization, whose steps may return nothing.
+
+    Raises:
+        MisconfigurationException: for anything but a tensor, a dict, or None.
+    """
+    if outputs is None or isinstance(outputs, (Tensor, dict)):
+        return {} if outputs is None else detach_outputs(outputs)
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    raise MisconfigurationException(
+        f"`training_step` returned {outputs!r}, a {type(outputs).__name__}: in manual optimization return a tensor, a dict, or None."
+    )

@@ -1,0 +1,249 @@
+"""One run over validation or test data: alone, inside fit, or as the sanity check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import no_op, override_of, spanned
+from lightning.pytorch.loops import bind
+from lightning.pytorch.loops.batches import parameters_of
+from lightning.pytorch.metric_entry import Entry
+from lightning.pytorch.trainer.states import RunningStage
+
+if TYPE_CHECKING:
+    from lightning.pytorch.data import EvalLoaders
+    from lightning.pytorch.trainer.trainer import Trainer
+
+Results = list[dict[str, float]]
+
+
+class EvaluationLoop:
+    """The loop of ``validate``, ``test``, of validation inside ``fit``, and of the sanity check.
+
+    Args:
+        trainer: whose model is evaluated.
+        name: ``"validation"`` or ``"test"``, which its hooks carry in their names.
+        source: ``"val"`` or ``"test"``, which its loaders carry.
+    """
+
+    def __init__(self, trainer: Trainer, name: str, source: str) -> None:
+        self.trainer = trainer
+        self.name = name
+        self.source = source
+        self.loaders: EvalLoaders | None = None
+        self.limit = float("inf")  # batches of each loader; the sanity check sets it
+        self.batch_idx = 0
+        self.seen: list[int] = []  # batches of each loader so far, over all runs: the x values of step rows
+        self.entries: dict[Any, Entry] = {}
+        self.verbose = True
+
+    @property
+    def num_batches(self) -> list[float]:
+        """Batches that are taken from each loader."""
+        return [] if self.loaders is None else [min(n, self.limit) for n in self.loaders.num_batches]
+
+    def run(self, finishing: Callable[[], None] = no_op) -> Results:
+        """Run through all loaders once.
+
+        Args:
+            finishing: called after the last batch, before the hooks of the end.
+
+        Returns:
+            one dict of metrics for each loader.
+        """
+        trainer, name = self.trainer, self.name
+        hooks, metrics, module = trainer._hooks, trainer._metrics, trainer.lightning_module
+        self.loaders = trainer._data.evaluation(self.source)
+        if sum(self.num_batches) == 0:
+            finishing()
+            return []
+        self.bind()
+        stage = RunningStage.TESTING if name == "test" else RunningStage.VALIDATING
+        if trainer.sanity_checking:
+            stage = RunningStage.SANITY_CHECKING
+        with trainer._in_stage(stage), metrics.collecting(self.entries), self.evaluation_mode(module), no_gradients(trainer):
+            getattr(hooks, f"on_{name}_start")()
+            getattr(hooks, f"on_{name}_epoch_start")()
+            for index, loader in enumerate(self.loaders.loaders):
+                self.run_loader(index, loader)
+            metrics.batch, metrics.dataloader_idx = None, None
+            finishing()
+            metrics.epoch_ended = True
+            getattr(hooks, f"on_{name}_epoch_end")()
+            results = self.results()
+            metrics.end_epoch(trainer.fit_loop.log_step)
+            getattr(hooks, f"on_{name}_end")()
+        return results
+
+    def run_loader(self, index: int, loader: Any) -> None:
+        """Run through one loader."""
+        metrics, seen = self.trainer._metrics, self.seen
+        several = len(self.num_batches) > 1
+        where = (index,) if several else ()
+        metrics.dataloader_idx = index if several else None
+        prepare = bind.transfer(self.trainer, index)
+        start, end, step, forward_context, takes_index = self.start, self.end, self.step, self.forward_context, self.takes_index
+        scope = f"{self.name}_step"
+        self.batch_idx = 0
+        for batch_idx, raw in enumerate(islice(loader, int_or_none(self.num_batches[index]))):
+            self.batch_idx = batch_idx
+            batch = prepare(raw)
+            metrics.batch, metrics.batch_size = batch, None
+            metrics.serial += 1
+            start(batch, batch_idx, *where)
+            metrics.scope = scope
+            with forward_context():
+                outputs = step(batch, batch_idx, *where) if takes_index else step(batch, *where)
+            if outputs is not None and not isinstance(outputs, (Tensor, dict)):
+                check_outputs(outputs, scope)
+            end(outputs, batch, batch_idx, *where)
+            if self.logs_steps():
+                metrics.send_step_values(seen[index])
+            seen[index] += 1
+
+    def logs_steps(self) -> bool:
+        """Whether a step value of this loop goes to the loggers; not while the sanity check runs."""
+        entries = self.entries
+        return bool(entries) and not self.trainer.sanity_checking and any(entry.on_step for entry in entries.values())
+
+    # ---- around the batches -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluation_mode(self, module: LightningModule) -> Iterator[None]:
+        """The module in evaluation mode; afterwards each submodule is in the mode that it was in."""
+        name = self.name
+        modes = {submodule: submodule.training for submodule in module.modules()}
+        if self.trainer.state.fn == "fit":
+            module.on_validation_model_zero_grad()
+        getattr(module, f"on_{name}_model_eval")()
+        try:
+            yield
+        except BaseException:
+            restore_modes(modes)
+            raise
+        override = override_of(module, f"on_{name}_model_train", LightningModule)
+        if override is not None:
+            override()
+        else:
+            restore_modes(modes)
+
+    def bind(self) -> None:
+        """Resolve what a batch calls."""
+        trainer, name = self.trainer, self.name
+        assert self.loaders is not None
+        hooks = trainer._hooks
+        several = len(self.loaders.loaders) > 1
+        while len(self.seen) < len(self.loaders.loaders):
+            self.seen.append(0)
+        self.step = trainer.strategy.bind(f"{name}_step")
+        self.takes_index = takes_batch_idx(self.step, f"{name}_step", several)
+        if trainer._profiler is not None:
+            self.step = spanned(self.step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.{name}_step")
+        self.start = getattr(hooks, f"on_{name}_batch_start")
+        self.end = getattr(hooks, f"on_{name}_batch_end")
+        precision = trainer.strategy.precision
+        self.forward_context: Callable[[], AbstractContextManager[Any]] = (
+            precision.test_step_context if name == "test" else precision.val_step_context
+        )
+
+    def results(self) -> Results:
+        """The epoch's metrics as numbers, one dict for each loader; what was logged for none in particular stands in all."""
+        assert self.loaders is not None
+        results: list[dict[str, Any]] = [{} for _ in self.loaders.loaders]
+        common: dict[str, Any] = {}
+        for entry in self.entries.values():
+            if entry.has_epoch_value:
+                target = common if entry.dataloader_idx is None else results[entry.dataloader_idx]
+                value = entry.epoch_value()
+                target[entry.name + entry.suffix] = value
+                target[entry.forked(False)] = value
+        from lightning.pytorch.metrics import HostCopy
+
+        return [HostCopy({**result, **common}).read() for result in results]
+
+
+def restore_modes(modes: dict[Module, bool]) -> None:
+    """Put each submodule into the mode that it was in: a frozen part stays in evaluation mode."""
+    for submodule, training in modes.items():
+        submodule.training = training
+
+
+def no_gradients(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Inference mode, or no_grad where that was asked for."""
+    return torch.inference_mode() if trainer._config.inference_mode else torch.no_grad()
+
+
+def int_or_none(count: float) -> int | None:
+    """The bound for ``islice``: None where there is none."""
+    return None if count == float("inf") else int(count)
+
+
+def takes_batch_idx(step: Callable[..., Any], name: str, several: bool) -> bool:
+    """Whether a step takes the batch's index.
+
+    Raises:
+        RuntimeError: if it takes a dataloader_idx and there is one loader, or does not and there are several.
+    """
+    count, variadic, names = parameters_of(step)
+    if variadic:
+        return True
+    takes_loader = "dataloader_idx" in names or count >= 3
+    if several and not takes_loader:
+        raise RuntimeError(
+            f"There are several loaders, and `{name}` does not take `dataloader_idx`: define it as `{name}(self, batch, batch_idx, dataloader_idx)`."
+        )
+    if takes_loader and not several and not _has_default(step, "dataloader_idx"):
+        raise RuntimeError(f"`{name}` takes `dataloader_idx`, and there is only one loader: define it as `{name}(self, batch, batch_idx)`.")
+    return count - (1 if takes_loader else 0) >= 2
+
+
+def _has_default(step: Callable[..., Any], parameter: str) -> bool:
+    import inspect
+
+    found = inspect.signature(step).parameters.get(parameter)
+    return found is not None and found.default is not inspect.Parameter.empty
+
+
+def check_outputs(outputs: Any, name: str) -> None:
+    """Refuse what an evaluation step must not return.
+
+    Raises:
+        MisconfigurationException: for anything but a tensor, a mapping, or None.
+    """
+    from collections.abc import Mapping
+
+    if not isinstance(outputs, Mapping):
+        raise MisconfigurationException(f"`{name}` returned {outputs!r}, a {type(outputs).__name__}: return a tensor, a dict, or None.")
+
+
+def print_results(results: Results, stage: str) -> None:
+    """Print the metrics of all loaders as a table.
+
+    Example::
+
+        >>> print_results([{"acc": 0.5}], "test")
+        ──────────────────────────
+        Test metric   DataLoader 0
+        ──────────────────────────
+        acc           0.5
+        ──────────────────────────
+    """
+    if not any(results):
+        return
+    names = list(dict.fromkeys(name for result in results for name in result))
+    head = [f"{stage.capitalize()} metric", *(f"DataLoader {i}" for i in range(len(results)))]
+    rows = [[name, *(f"{result[name]:.8g}" if name in result else "" for result in results)] for name in names]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = "─" * (sum(widths) + 3 * (len(widths) - 1))
+    table = [line, "   ".join(h.ljust(w) for h, w in zip(head, widths)), line]
+    table += ["   ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in rows] + [line]
+    print("\n".join(text.rstrip() for text in table))

@@ -1,0 +1,337 @@
+"""One training run, top to bottom, in the order in which it happens.
+
+``fit -> run -> run_epoch -> automatic_step -> closure -> training_step``: everything that a step calls was bound
+before the first one (``loops/bind.py``), so that a hook which nobody overrides costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.data import TrainLoader
+from lightning.pytorch.loops import bind
+from lightning.pytorch.loops.batches import counted, looked_ahead
+from lightning.pytorch.loops.progress import FitProgress, Next
+from lightning.pytorch.loops.schedulers import Schedulers
+from lightning.pytorch.metric_entry import Entry
+
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.trainer import Trainer
+
+UNBOUNDED = float("inf")
+
+
+class FitLoop:
+    """The training loop.
+
+    Args:
+        trainer: whose model is trained. The loop keeps the run's position in ``progress``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        config = trainer._config
+        self.trainer = trainer
+        self.progress = FitProgress()
+        self.max_epochs = config.max_epochs
+        self.min_epochs = config.min_epochs
+        self.max_steps = config.max_steps
+        self.min_steps = config.min_steps
+        self.loader: TrainLoader | None = None
+        self.is_last = False
+        self.updates = False
+        self.log_step = 0
+        self.entries: dict[Any, Entry] = {}
+        self.restarting = False
+        self.outputs: Any = None
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train until a bound is reached or somebody asks to stop."""
+        p, hooks, metrics = self.progress, self.hooks, self.metrics
+        with metrics.collecting(self.entries):
+            hooks.on_train_start()
+            while not self.finished():
+                self.trainer._data.reload_train_if_due(p.epoch)
+                self.loader.set_epoch(p.epoch)  # type: ignore[union-attr]
+                self.run_epoch()
+                p.epoch += 1
+                p.batch_idx = 0
+                p.next = Next.BATCH
+            hooks.on_train_end()
+
+    def run_epoch(self) -> None:
+        p, hooks, metrics, trainer = self.progress, self.hooks, self.metrics, self.trainer
+        if p.next is Next.BATCH and p.batch_idx == 0:
+            self.log_step = p.stepped
+            hooks.on_train_epoch_start()
+        self.accumulate = trainer.accumulate_grad_batches
+        if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
+            self.validate()
+        for batch, self.is_last in self.batches():  # from p.batch_idx, already on the device
+            metrics.batch, metrics.batch_size = batch, None
+            metrics.serial += 1
+            self.log_step = p.stepped
+            if hooks.on_train_batch_start(batch, p.batch_idx) == -1:
+                break
+            self.step(batch)  # automatic_step or manual_step
+            p.batch_idx += 1
+            p.total_batches += 1
+            if self.is_last:
+                self.schedulers.step_epoch()
+            p.next = Next.VALIDATE if self.validation_due() else Next.BATCH
+            hooks.on_train_batch_end(self.outputs, batch, p.batch_idx - 1)
+            if p.stepped >= metrics.flush_at:
+                metrics.flush(p.stepped, self.log_step)  # the only device-to-host read
+            if p.next is Next.VALIDATE:
+                self.validate()
+            if self.updates and (trainer.should_stop or p.global_step >= self.last_step) and self.done():
+                break
+        p.next = Next.EPOCH
+        metrics.epoch_ended = True
+        hooks.on_train_epoch_end()
+        self.schedulers.step_plateau("epoch")
+        hooks.on_train_epoch_end_checkpoints()
+        metrics.end_epoch(self.log_step)
+
+    def batches(self) -> Iterator[tuple[Any, bool]]:
+        """The batches that are left of this epoch, each with whether it is the last."""
+        p, loader = self.progress, self.loader
+        assert loader is not None
+        if p.next is not Next.BATCH or p.batch_idx >= loader.num_batches:
+            return iter(())
+        source = counted if loader.length_is_known else looked_ahead
+        return source(loader.iterable, p.batch_idx, loader.num_batches, self.prepare)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def automatic_step(self, batch: Any) -> None:
+        """Forward, backward and, on the last batch of an accumulation window, the update."""
+        p = self.progress
+        self.batch = batch
+        self.updates = self.is_last or (p.batch_idx + 1) % self.accumulate == 0
+        if self.updates:
+            self.update(self.closure)  # the user's optimizer_step, or the optimizer's step
+            p.global_step += 1
+            p.stepped += 1
+            self.schedulers.step_batch()
+        else:
+            with self.no_backward_sync():
+                self.closure()
+        self.batch = None
+
+    def closure(self) -> Any:
+        """Everything before the update; the optimizer calls it, LBFGS more than once."""
+        p, hooks, optimizer = self.progress, self.hooks, self.optimizer
+        self.metrics.scope = "training_step"
+        with self.forward_context():
+            outputs = self.training_step(self.batch, p.batch_idx)
+        loss = outputs if isinstance(outputs, Tensor) else loss_of(outputs)
+        self.outputs = self.detach(outputs)
+        del outputs
+        if p.batch_idx % self.accumulate == 0:
+            hooks.on_before_zero_grad(optimizer)
+            self.zero_grad(optimizer)
+        if loss is None:
+            return None
+        if self.accumulate > 1:
+            loss = loss / self.window()
+        hooks.on_before_backward(loss)
+        self.backward(loss)
+        hooks.on_after_backward()
+        if self.updates:
+            if self.accumulate > 1 and self.is_last:
+                self.complete_window()
+            self.unscale(optimizer)
+            hooks.on_before_optimizer_step(optimizer)
+            self.clip(optimizer)
+        return loss
+
+    def window(self) -> int:
+        """The number of batches in the current accumulation window; the epoch's last one may be smaller."""
+        index = self.progress.batch_idx
+        left = self.loader.num_batches - (index - index % self.accumulate)  # type: ignore[union-attr]
+        return min(self.accumulate, int(left)) if left < UNBOUNDED else self.accumulate
+
+    def complete_window(self) -> None:
+        """Weigh anew a last window that turned out smaller than assumed, where the loader's length was not known."""
+        taken = self.progress.batch_idx % self.accumulate + 1
+        if taken != self.window():
+            gradients = [q.grad for group in self.optimizer.param_groups for q in group["params"] if q.grad is not None]
+            torch._foreach_mul_(gradients, self.window() / taken)
+
+    def manual_step(self, batch: Any) -> None:
+        """The user's ``training_step`` does everything."""
+        self.metrics.scope = "training_step"
+        self.updates = True
+        with self.forward_context():
+            outputs = self.training_step(batch, self.progress.batch_idx)
+        self.outputs = self.detach(outputs)
+        self.progress.stepped += 1
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """What ``LightningModule.manual_backward`` runs."""
+        self.hooks.on_before_backward(loss)
+        self.backward(loss, *args, **kwargs)
+        self.hooks.on_after_backward()
+
+    def manual_optimizer_step(self, optimizer: Any, closure: Any, **kwargs: Any) -> Any:
+        """What ``optimizer.step()`` of a manual ``training_step`` runs."""
+
+        def with_hook() -> Any:
+            result = closure()
+            self.unscale(optimizer)
+            self.hooks.on_before_optimizer_step(optimizer)
+            return result
+
+        result = self.trainer.strategy.optimizer_step(optimizer, with_hook, **kwargs)
+        self.progress.global_step += 1
+        return result
+
+    # ---- validation ---------------------------------------------------------------------------------------------------
+
+    def validation_due(self) -> bool:
+        """Whether the validation data are run through after this batch."""
+        p, trainer = self.progress, self.trainer
+        every = self.val_every_n_epoch
+        if not self.validates or (every is not None and (p.epoch + 1) % every != 0):
+            return False
+        if self.val_seconds is not None:
+            return time.monotonic() - self.validated_at >= self.val_seconds
+        if trainer.should_stop and self.may_stop():
+            return True  # the last weights are validated too
+        if self.val_every == UNBOUNDED:
+            return self.is_last
+        return (p.total_batches if every is None else p.batch_idx) % self.val_every == 0
+
+    def validate(self) -> None:
+        """Run through the validation data in the middle of, or after, the epoch's batches."""
+        self.trainer._data.reload_val_if_due(self.progress.epoch)
+        self.trainer.validate_loop.run(finishing=self.after_validation)
+        self.schedulers.step_plateau("step")
+        self.validated_at = time.monotonic()
+
+    def after_validation(self) -> None:
+        """From here on a checkpoint says that this validation is done."""
+        self.progress.next = Next.EPOCH_END if self.is_last else Next.BATCH
+
+    # ---- the end --------------------------------------------------------------------------------------------------------
+
+    @property
+    def last_step(self) -> float:
+        """The bound on optimizer steps."""
+        return UNBOUNDED if self.max_steps == -1 else self.max_steps
+
+    def finished(self) -> bool:
+        """Whether no further epoch begins."""
+        bounded = self.max_epochs is not None and self.max_epochs != -1
+        return (bounded and self.progress.epoch >= self.max_epochs) or self.done()  # type: ignore[operator]
+
+    def done(self) -> bool:
+        """Whether training ends here: the last step is taken, or somebody asked to stop and the minimum is reached."""
+        if self.progress.global_step >= self.last_step:
+            return True
+        if self.trainer.should_stop:
+            if self.may_stop():
+                return True
+            rank_zero_info(
+                f"A stop was asked for, but min_epochs={self.min_epochs} or min_steps={self.min_steps} is not reached: training goes on."
+            )
+            self.trainer.should_stop = False  # whoever asked decides anew once the minimum is reached
+        return False
+
+    def may_stop(self) -> bool:
+        """Whether the minimum of epochs and steps is reached."""
+        p = self.progress
+        epochs = p.epoch + (1 if p.next is Next.EPOCH_END or self.is_last else 0)
+        return epochs >= (self.min_epochs or 0) and p.global_step >= (self.min_steps or 0)
+
+    # ---- before the first step --------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Resolve everything that a step calls."""
+        trainer = self.trainer
+        module, strategy, config = trainer.lightning_module, trainer.strategy, trainer._config
+        self.hooks, self.metrics = trainer._hooks, trainer._metrics
+        self.metrics.progress = self.progress
+        self.accumulate = trainer.accumulate_grad_batches
+        self.prepare = bind.transfer(trainer)
+        self.training_step = bind.training_step(trainer)
+        self.forward_context = strategy.precision.train_step_context
+        self.no_backward_sync = strategy.no_backward_sync
+        self.backward = bind.backward(trainer)
+        self.schedulers = Schedulers(trainer, self)
+        automatic = module.automatic_optimization
+        self.step = self.automatic_step if automatic else self.manual_step
+        self.detach = bind.detach_outputs if automatic else bind.detach_manual_outputs
+        self.unscale = bind.unscale(trainer)
+        if automatic:
+            self.optimizer = strategy.optimizers[0]
+            self.update = bind.update(trainer, self)
+            self.zero_grad = bind.zero_grad(trainer, self)
+            self.clip = bind.clip(trainer)
+        self.val_every_n_epoch = config.check_val_every_n_epoch
+        self.val_seconds = config.val_check_seconds
+        self.validated_at = time.monotonic()
+        self.log_step = max(self.progress.stepped - 1, 0)
+        self.metrics.restart_flush(self.progress.stepped)
+
+    def set_loader(self, loader: TrainLoader, validates: bool) -> None:
+        """Take the training data, and decide how often they are interrupted by validation."""
+        self.loader = loader
+        self.validates = validates
+        self.val_every = val_check_batches(self.trainer._config, loader.num_batches) if validates else UNBOUNDED
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned.
+
+    Raises:
+        MisconfigurationException: if there is none, and it is not None either.
+    """
+    if outputs is None:
+        rank_zero_warn("`training_step` returned None: this batch is skipped. If that is intended, ignore this warning.")
+        return None
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
+        return outputs["loss"]  # type: ignore[no-any-return]
+    if isinstance(outputs, dict) and "loss" in outputs and outputs["loss"] is None:
+        return loss_of(None)
+    given = f"a dict with the keys {sorted(map(str, outputs))}" if isinstance(outputs, dict) else f"{outputs!r}, a {type(outputs).__name__}"
+    raise MisconfigurationException(
+        f"`training_step` returned {given}. With automatic optimization it must return the loss as a tensor, a dict with the loss "
+        "under 'loss', or None to skip the batch."
+    )
+
+
+def val_check_batches(config: Any, num_batches: float) -> float:
+    """Every how many batches validation is due; infinity means at the end of the epoch.
+
+    Raises:
+        ValueError: if the interval is longer than the epoch.
+        MisconfigurationException: for a fraction of an epoch of unknown length.
+    """
+    interval = config.val_check_interval
+    if isinstance(interval, int):
+        if interval > num_batches and config.check_val_every_n_epoch is not None:
+            raise ValueError(
+                f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so validation would never run. "
+                "To count batches across epochs, set check_val_every_n_epoch=None."
+            )
+        return interval
+    if num_batches == UNBOUNDED:
+        if interval != 1.0:
+            raise MisconfigurationException(
+                f"val_check_interval={interval} is a fraction of an epoch, and the training loader has no length. "
+                "Give 1.0, or a number of batches."
+            )
+        return UNBOUNDED
+    return max(1, int(num_batches * interval))

@@ -1,0 +1,148 @@
+"""One run over prediction data."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.data import replace_batch_sampler
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.callbacks.prediction_writer import BasePredictionWriter
+from lightning.pytorch.dispatch import spanned
+from lightning.pytorch.loops import bind
+from lightning.pytorch.loops.evaluate import int_or_none, no_gradients, restore_modes, takes_batch_idx
+from lightning.pytorch.trainer.states import RunningStage
+
+if TYPE_CHECKING:
+    from lightning.pytorch.data import EvalLoaders
+    from lightning.pytorch.trainer.trainer import Trainer
+
+
+class PredictionLoop:
+    """The loop of ``predict``.
+
+    Args:
+        trainer: whose model predicts.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.loaders: EvalLoaders | None = None
+        self.return_predictions = True
+        self._predictions: list[list[Any]] = []
+        self.epoch_batch_indices: list[list[list[int]]] = []
+        self.current_batch_indices: list[int] = []
+
+    @property
+    def num_batches(self) -> list[float]:
+        """Batches that are taken from each loader."""
+        return [] if self.loaders is None else self.loaders.num_batches
+
+    @property
+    def predictions(self) -> list[Any]:
+        """What ``predict_step`` returned for each batch; with several loaders, a list of that for each."""
+        return self._predictions[0] if len(self._predictions) == 1 else self._predictions
+
+    def run(self) -> Any:
+        """Run through all loaders once.
+
+        Returns:
+            the list of what ``predict_step`` returned for each batch; with several loaders, a list of such lists.
+        """
+        trainer = self.trainer
+        hooks, module = trainer._hooks, trainer.lightning_module
+        self.loaders = trainer._data.evaluation("predict")
+        if sum(self.num_batches) == 0:
+            return None
+        writers = [c for c in trainer.callbacks if isinstance(c, BasePredictionWriter)]
+        self.wants_indices = bool(writers)
+        self.keeps = self.return_predictions or any(w.interval.on_epoch for w in writers)
+        count = len(self.loaders.loaders)
+        self._predictions = [[] for _ in range(count)]
+        self.epoch_batch_indices = [[] for _ in range(count)]
+        modes = {submodule: submodule.training for submodule in module.modules()}
+        with trainer._in_stage(RunningStage.PREDICTING), no_gradients(trainer):
+            module.on_predict_model_eval()
+            try:
+                hooks.on_predict_start()
+                hooks.on_predict_epoch_start()
+                for index, loader in enumerate(self.loaders.loaders):
+                    self.run_loader(index, loader)
+                hooks.on_predict_epoch_end()
+                hooks.on_predict_end()
+            finally:
+                restore_modes(modes)
+        return self.predictions if self.return_predictions else None
+
+    def run_loader(self, index: int, loader: Any) -> None:
+        """Run through one loader."""
+        trainer = self.trainer
+        hooks, several = trainer._hooks, len(self.num_batches) > 1
+        where = (index,) if several else ()
+        step = trainer.strategy.bind("predict_step")
+        takes_index = takes_batch_idx(step, "predict_step", several)
+        if trainer._profiler is not None:
+            step = spanned(step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.predict_step")
+        prepare = bind.transfer(trainer, index)
+        forward_context = trainer.strategy.precision.predict_step_context
+        batches = recorded(loader, self) if self.wants_indices else loader
+        for batch_idx, raw in enumerate(islice(batches, int_or_none(self.num_batches[index]))):
+            batch = prepare(raw)
+            hooks.on_predict_batch_start(batch, batch_idx, *where)
+            with forward_context():
+                outputs = step(batch, batch_idx, *where) if takes_index else step(batch, *where)
+            if outputs is None:
+                rank_zero_warn("`predict_step` returned None: there will be no prediction for this batch.")
+            hooks.on_predict_batch_end(outputs, batch, batch_idx, *where)
+            if self.wants_indices:
+                self.epoch_batch_indices[index].append(self.current_batch_indices)
+            if self.keeps:
+                self._predictions[index].append(apply_to_collection(outputs, object, _to_host))
+
+
+def _to_host(value: Any) -> Any:
+    return value.cpu() if hasattr(value, "cpu") and callable(value.cpu) else value
+
+
+class RecordedSampler:
+    """A batch sampler that remembers which samples it sent for, in the order in which their batches will arrive.
+
+    Args:
+        batch_sampler: the loader's own.
+    """
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self.batch_sampler = batch_sampler
+        self.sampler = getattr(batch_sampler, "sampler", None)
+        self.sent: deque[list[int]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.sent.clear()
+        for indices in self.batch_sampler:
+            self.sent.append(list(indices))
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+
+def recorded(loader: Any, loop: PredictionLoop) -> Iterator[Any]:
+    """The loader's batches, with ``loop.current_batch_indices`` set to the indices of the samples of each."""
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        rank_zero_warn(
+            f"The prediction loader, a {type(loader).__name__}, has no batch sampler: a prediction writer gets no batch indices.",
+            category=PossibleUserWarning,
+        )
+        loop.current_batch_indices = []
+        yield from loader
+        return
+    sampler = RecordedSampler(loader.batch_sampler)
+    for batch in replace_batch_sampler(loader, sampler):
+        loop.current_batch_indices = sampler.sent.popleft()
+        yield batch

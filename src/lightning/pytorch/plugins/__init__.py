@@ -1,0 +1,4 @@
+"""The documented import path of the plugins, which fabric owns."""
+
+from lightning.fabric.plugins import *  # noqa: F403
+from lightning.fabric.plugins import __all__ as __all__

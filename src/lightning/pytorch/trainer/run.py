@@ -1,0 +1,226 @@
+"""One call of fit, validate, test or predict: what happens before, after, and when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import checkpoint as ckpt
+from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.core.datamodule import LightningDataModule
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
+from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
+from lightning.pytorch.loggers.utilities import log_hyperparams
+from lightning.pytorch.trainer import checks
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.trainer import Trainer
+
+
+@contextmanager
+def running(
+    trainer: Trainer, function: TrainerFn, module: LightningModule, datamodule: Any, ckpt_path: Any, weights_only: bool | None, model_given: bool
+) -> Iterator[None]:
+    """Everything around the loop of one call, in the order in which it happens.
+
+    Inside the context the loop runs; whatever fails, callbacks hear of it, loggers are closed, and the device is freed.
+    """
+    state = trainer.state
+    state.fn, state.status, state.stage = function, TrainerStatus.RUNNING, None
+    trainer.should_stop = False
+    try:
+        attach(trainer, module, datamodule)
+        path = trainer._ckpt_path = ckpt.resolve_path(trainer, ckpt_path, model_given)
+        set_up(trainer, path, weights_only)
+        with ExitStack() as contexts:
+            if trainer._config.detect_anomaly:
+                contexts.enter_context(torch.autograd.set_detect_anomaly(True))
+            yield
+        finish(trainer)
+    except BaseException as error:
+        fail(trainer, error)
+        raise
+    state.status, state.stage = TrainerStatus.FINISHED, None
+
+
+# ---- before ---------------------------------------------------------------------------------------------------------
+
+
+def attach(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """Bring trainer, module, datamodule and callbacks together, and check that they fit."""
+    strategy = trainer.strategy
+    trainer.datamodule = datamodule
+    trainer._metrics.clear()
+    trainer._metrics.loggers = trainer.loggers
+    trainer._metrics.every = 1 if trainer.fast_dev_run else trainer.log_every_n_steps
+    trainer._metrics.disabled = trainer.barebones
+    strategy.connect(module)
+    strategy.optimizers, strategy.lr_scheduler_configs, strategy._lightning_optimizers = [], [], []
+    module.trainer = trainer
+    if datamodule is not None:
+        datamodule.trainer = trainer
+    add_configured_callbacks(trainer, module)
+    check_names(module, datamodule, trainer.callbacks)
+    checks.check_run(trainer)
+
+
+def add_configured_callbacks(trainer: Trainer, module: LightningModule) -> None:
+    """Take the callbacks that the model brings; they replace the trainer's of the same type.
+
+    Raises:
+        MisconfigurationException: if it brings anything else.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    given: Any = module.configure_callbacks()
+    brought = list(given) if isinstance(given, (list, tuple)) else [given] if given else []
+    wrong = [callback for callback in brought if not isinstance(callback, Callback)]
+    if wrong:
+        raise MisconfigurationException(f"`configure_callbacks` returned {wrong!r}; return a Callback, or a list of them.")
+    if brought:
+        types = {type(callback) for callback in brought}
+        replaced = [callback for callback in trainer.callbacks if type(callback) in types]
+        if replaced:
+            names = sorted({type(callback).__name__ for callback in replaced})
+            rank_zero_info(f"The callbacks of `configure_callbacks` replace the trainer's own {', '.join(names)}.")
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in replaced] + brought
+    trainer.callbacks = sorted_callbacks(trainer.callbacks)
+    for callback in trainer.callbacks:  # `self.log` works in callbacks too
+        callback.log, callback.log_dict = module.log, module.log_dict  # type: ignore[attr-defined]
+    checks.check_state_keys(trainer.callbacks)
+
+
+def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
+    """Environment, data, hooks, model, weights, optimizers: ready for the first batch."""
+    strategy, module, datamodule = trainer.strategy, trainer.lightning_module, trainer.datamodule
+    fitting = trainer.state.fn is TrainerFn.FITTING
+    strategy.setup_environment()
+    if trainer._profiler is not None:
+        rank = trainer.local_rank if trainer.world_size > 1 else None
+        trainer._profiler.setup(stage=trainer.state.fn, local_rank=rank, log_dir=trainer.log_dir)
+    prepare_data(trainer)
+    for logger in trainer.loggers:
+        _ = getattr(logger, "experiment", None)  # created before setup, so that hooks may use it
+    call_stage_hooks(trainer, "setup")
+    with strategy.module_init_context():
+        module.configure_model()
+        if override_of(module, "configure_sharded_model", LightningModule) is not None:
+            module.configure_sharded_model()
+    if trainer.enable_autolog_hparams:
+        log_hyperparams(trainer)
+    checkpoint = None
+    if path is not None:
+        rank_zero_info(f"Restoring states from the checkpoint path at {path}")
+        checkpoint = strategy.load_checkpoint(path, weights_only=weights_only)
+        checkpoint = checks.migrated(checkpoint, path)
+        ckpt.restore_modules(trainer, checkpoint, fitting)
+    strategy.model = strategy.setup_module(module)
+    trainer._hooks = Hooks(trainer, module, trainer.callbacks, trainer._metrics, trainer._profiler)
+    if fitting:
+        set_up_optimizers(trainer)
+        if checkpoint is not None:
+            ckpt.restore_training(trainer, checkpoint)
+        # Resolved anew: configure_optimizers may have changed the module's hooks, as schedulers change optimizer.step.
+        trainer.fit_loop.bind()
+        trainer._metrics.scope = "on_fit_start"
+        trainer._hooks.on_fit_start()
+        trainer._metrics.scope = None
+    if checkpoint is not None:
+        ckpt.announce(path)
+
+
+def prepare_data(trainer: Trainer) -> None:
+    """Call ``prepare_data`` of module and datamodule, in one process."""
+    for owner in (trainer.datamodule, trainer.lightning_module):
+        if owner is not None and (trainer.is_global_zero or (owner.prepare_data_per_node and trainer.local_rank == 0)):
+            with in_scope(trainer, "prepare_data"):
+                owner.prepare_data()
+    trainer.strategy.barrier("prepare_data")
+
+
+@contextmanager
+def in_scope(trainer: Trainer, name: str) -> Iterator[None]:
+    """Tell ``self.log`` which hook runs, so that its error can name it."""
+    metrics = trainer._metrics
+    outer, metrics.scope = metrics.scope, name
+    try:
+        yield
+    finally:
+        metrics.scope = outer
+
+
+def call_stage_hooks(trainer: Trainer, name: str) -> None:
+    """Call ``setup`` or ``teardown`` of datamodule, callbacks and module."""
+    stage = trainer.state.fn
+    assert stage is not None
+    module, datamodule = trainer.lightning_module, trainer.datamodule
+    with in_scope(trainer, name):
+        if datamodule is not None:
+            getattr(datamodule, name)(stage=stage)
+        for callback in trainer.callbacks:
+            getattr(callback, name)(trainer, module, stage=stage)
+        getattr(module, name)(stage=stage)
+
+
+def set_up_optimizers(trainer: Trainer) -> None:
+    """Ask the module for optimizers and schedulers."""
+    strategy, module, loop = trainer.strategy, trainer.lightning_module, trainer.fit_loop
+    with in_scope(trainer, "configure_optimizers"):
+        optimizers, configs = configure_optimizers(module)
+    checks.check_optimizers(module, optimizers)
+    strategy.optimizers = [strategy.setup_optimizer(optimizer) for optimizer in optimizers]
+    strategy.lr_scheduler_configs = configs
+    step_through = strategy.optimizer_step if module.automatic_optimization else loop.manual_optimizer_step
+    strategy._lightning_optimizers = [LightningOptimizer(optimizer, step_through, module) for optimizer in strategy.optimizers]
+
+
+# ---- after ----------------------------------------------------------------------------------------------------------
+
+
+def finish(trainer: Trainer) -> None:
+    """The hooks of the end, then free everything."""
+    if trainer.state.fn is TrainerFn.FITTING:
+        trainer._hooks.on_fit_end()
+    call_stage_hooks(trainer, "teardown")
+    trainer._metrics.settle()
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    if trainer._profiler is not None:
+        trainer._profiler.describe()
+        trainer._profiler.teardown(stage=trainer.state.fn)
+    trainer.strategy.teardown()
+
+
+def fail(trainer: Trainer, error: BaseException) -> None:
+    """Let everybody know, and free everything; the error that ended the run is what the user sees."""
+    trainer.state.status, trainer.state.stage = TrainerStatus.INTERRUPTED, None
+    module = trainer.strategy.lightning_module
+    if isinstance(error, KeyboardInterrupt):
+        rank_zero_info("Interrupted: the run ends here, and everything is closed.")
+
+    def attempt(action: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            action(*args, **kwargs)
+        except Exception as second:
+            rank_zero_warn(
+                f"While the run was being ended by {type(error).__name__}, {getattr(action, '__qualname__', action)} raised {second!r}."
+            )
+
+    if module is not None and module.__dict__.get("_trainer") is trainer:
+        for callback in trainer.callbacks:
+            attempt(callback.on_exception, trainer, module, error)
+    if trainer.datamodule is not None:
+        attempt(trainer.datamodule.on_exception, error)
+    attempt(trainer._metrics.settle)
+    trainer._metrics.entries, trainer._metrics.scope = None, None
+    for logger in trainer.loggers:
+        attempt(logger.finalize, "failed")
+    if trainer._profiler is not None:
+        attempt(trainer._profiler.teardown, stage=trainer.state.fn)
+    attempt(trainer.strategy.teardown)

@@ -1,0 +1,346 @@
+"""The Trainer: hand it a module and data, and it runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+
+from lightning.fabric.runtime import resolve
+from lightning.pytorch.data import RunData, check_given
+from lightning.pytorch.loops.evaluate import EvaluationLoop, print_results
+from lightning.pytorch.loops.fit import FitLoop
+from lightning.pytorch.loops.predict import PredictionLoop
+from lightning.pytorch.metrics import Metrics
+from lightning.pytorch.trainer import checks, parts
+from lightning.pytorch.trainer.attributes import TrainerAttributes
+from lightning.pytorch.trainer.config import build_config
+from lightning.pytorch.trainer.run import running
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState
+
+if TYPE_CHECKING:
+    from lightning.fabric.accelerators.accelerator import Accelerator
+    from lightning.fabric.strategies.strategy import Strategy
+    from lightning.pytorch.callbacks.callback import Callback
+    from lightning.pytorch.core.datamodule import LightningDataModule
+    from lightning.pytorch.core.module import LightningModule
+    from lightning.pytorch.dispatch import Hooks
+    from lightning.pytorch.loggers.logger import Logger
+    from lightning.pytorch.profilers.profiler import Profiler
+    from lightning.pytorch.utilities.types import EVAL_DATALOADERS, EVALUATE_OUTPUT, TRAIN_DATALOADERS
+
+Batches = Optional[Union[int, float]]
+
+
+class Trainer(TrainerAttributes):
+    """Runs training, validation, testing and prediction of a :class:`LightningModule`.
+
+    Args:
+        accelerator: ``"auto"`` (GPU, then MPS, then CPU), ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"``, ``"tpu"``, or an Accelerator.
+        strategy: how the work is laid out over devices: ``"auto"``, a name, or a Strategy.
+        devices: how many devices (2, "2"), which ([0, 2], "0,2"), all (-1), or ``"auto"``.
+        num_nodes: how many machines.
+        precision: ``"32-true"``, ``"64-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"16-true"``, ``"bf16-true"``, 16, 32, 64, "bf16",
+            ``"transformer-engine"``. None: 32 bits.
+        logger: a Logger, or several; True or None for TensorBoard where it is installed, else CSV; False for none.
+        callbacks: a Callback, or several.
+        fast_dev_run: run this many batches (True: 1) of everything as a trial, without logger and checkpoints.
+        max_epochs: end after so many epochs; -1 for no bound. None: 1000 where neither steps nor time are bounded.
+        min_epochs: nothing stops the run before so many epochs.
+        max_steps: end after so many optimizer steps; -1 for no bound.
+        min_steps: nothing stops the run before so many optimizer steps.
+        max_time: end after this time: "DD:HH:MM:SS", a timedelta, or a dict of its arguments.
+        limit_train_batches: how much of the training data an epoch takes: a number of batches, or a fraction as float.
+        limit_val_batches: likewise for validation.
+        limit_test_batches: likewise for testing.
+        limit_predict_batches: likewise for prediction.
+        overfit_batches: train and validate on this much of the data, unshuffled, to see whether the model can learn it by heart.
+        val_check_interval: validate after so many batches (int), such a fraction of an epoch (float), or such a time. None: 1.0.
+        check_val_every_n_epoch: validate every so many epochs; None counts ``val_check_interval`` across epochs.
+        num_sanity_val_steps: validation batches to run before training, so that mistakes in validation show early; -1 for all. None: 2.
+        log_every_n_steps: loggers get step values every so many steps. None: 50.
+        enable_checkpointing: add a ModelCheckpoint if there is none. None: True.
+        enable_progress_bar: add a progress bar if there is none. None: True.
+        enable_model_summary: print a summary of the model before training. None: True.
+        accumulate_grad_batches: batches for one optimizer step.
+        gradient_clip_val: clip gradients to this norm, or value. None or 0: no clipping.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``. None: norm.
+        deterministic: use deterministic algorithms only; ``"warn"`` uses others with a warning where there are none.
+        benchmark: ``torch.backends.cudnn.benchmark``; None leaves it, and turns it off with ``deterministic``.
+        inference_mode: evaluate under ``torch.inference_mode`` (True) or ``torch.no_grad`` (False).
+        use_distributed_sampler: give each process its part of the data.
+        profiler: ``"simple"``, a Profiler, or None.
+        detect_anomaly: let autograd look for the operation that made a NaN; slow.
+        barebones: leave out everything that costs time: logging, checkpoints, progress bar, summary, sanity check.
+        plugins: a Precision, a CheckpointIO, or several plugins.
+        sync_batchnorm: compute batch norm over all processes.
+        reload_dataloaders_every_n_epochs: ask for the loaders anew every so many epochs; 0 for never.
+        default_root_dir: where files go that have no other place: a path or URL. None: the current directory.
+        enable_autolog_hparams: send the module's hyperparameters to the loggers when a run starts.
+        model_registry: the name of a model in a registry; kept for callbacks that upload checkpoints.
+
+    Raises:
+        MisconfigurationException: for a value, or a combination, that is not accepted.
+        ValueError: for a name that is not known, or a conflict with ``barebones``.
+
+    Example::
+
+        trainer = Trainer(max_epochs=10, accelerator="auto", precision="bf16-mixed")
+        trainer.fit(model, train_loader, val_loader)
+        trainer.test(model, test_loader, ckpt_path="best")
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Union[str, Accelerator] = "auto",
+        strategy: Union[str, Strategy] = "auto",
+        devices: Union[list[int], str, int] = "auto",
+        num_nodes: int = 1,
+        precision: Optional[Union[int, str]] = None,
+        logger: Optional[Union[Logger, list[Logger], bool]] = None,
+        callbacks: Optional[Union[list[Callback], Callback]] = None,
+        fast_dev_run: Union[int, bool] = False,
+        max_epochs: Optional[int] = None,
+        min_epochs: Optional[int] = None,
+        max_steps: int = -1,
+        min_steps: Optional[int] = None,
+        max_time: Optional[Union[str, timedelta, dict[str, int]]] = None,
+        limit_train_batches: Batches = None,
+        limit_val_batches: Batches = None,
+        limit_test_batches: Batches = None,
+        limit_predict_batches: Batches = None,
+        overfit_batches: Union[int, float] = 0.0,
+        val_check_interval: Optional[Union[int, float, str, timedelta, dict[str, int]]] = None,
+        check_val_every_n_epoch: Optional[int] = 1,
+        num_sanity_val_steps: Optional[int] = None,
+        log_every_n_steps: Optional[int] = None,
+        enable_checkpointing: Optional[bool] = None,
+        enable_progress_bar: Optional[bool] = None,
+        enable_model_summary: Optional[bool] = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: Optional[Union[int, float]] = None,
+        gradient_clip_algorithm: Optional[str] = None,
+        deterministic: Optional[Union[bool, Literal["warn"]]] = None,
+        benchmark: Optional[bool] = None,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Optional[Union[Profiler, str]] = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Optional[Any] = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
+        default_root_dir: Optional[Union[str, Path]] = None,
+        enable_autolog_hparams: bool = True,
+        model_registry: Optional[str] = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self._config = config = build_config(given)
+        self._runtime = resolve(accelerator, strategy, devices, num_nodes, precision, plugins)
+        self.state = TrainerState()
+        self.should_stop = False
+        self.accumulate_grad_batches = config.accumulate_grad_batches
+        self.gradient_clip_val = config.gradient_clip_val
+        self.gradient_clip_algorithm = config.gradient_clip_algorithm
+        self.enable_autolog_hparams = enable_autolog_hparams
+        self.sync_batchnorm = sync_batchnorm
+        self.datamodule: LightningDataModule | None = None
+        self._model_registry = model_registry
+        self._ckpt_path: Any = None
+        self._hooks: Hooks = None  # type: ignore[assignment]  # resolved when a run starts
+        self._metrics = Metrics()
+        self._data = RunData(self)
+        self.fit_loop = FitLoop(self)
+        self.validate_loop = EvaluationLoop(self, "validation", "val")
+        self.test_loop = EvaluationLoop(self, "test", "test")
+        self.predict_loop = PredictionLoop(self)
+        self._metrics.progress = self.fit_loop.progress
+        self._loggers = parts.loggers(config, logger)
+        self.callbacks = parts.callbacks(config, callbacks, enable_checkpointing, enable_progress_bar, enable_model_summary)
+        self._profiler = parts.profiler(profiler)
+        parts.set_determinism(config)
+
+    # ---- entry points -----------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Optional[Union[TRAIN_DATALOADERS, LightningDataModule]] = None,
+        val_dataloaders: Optional[EVAL_DATALOADERS] = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
+        weights_only: Optional[bool] = None,
+    ) -> None:
+        """Train the model.
+
+        Args:
+            model: what to train.
+            train_dataloaders: the training loader: any iterable, or a collection of them; or a datamodule.
+            val_dataloaders: the validation loader, or a sequence of them.
+            datamodule: gives the loaders instead.
+            ckpt_path: continue from this checkpoint: a path, a URL, ``"best"``, ``"last"`` or ``"hpc"``.
+            weights_only: False unpickles anything in the checkpoint: only for sources you trust. None means True.
+
+        Raises:
+            MisconfigurationException: if the model lacks a method, or arguments contradict each other.
+
+        The run, in the order of its hooks::
+
+            configure_callbacks, prepare_data, setup, configure_model, configure_optimizers, on_fit_start
+            on_sanity_check_start .. on_sanity_check_end
+            on_train_start
+            for each epoch:
+                on_train_epoch_start
+                for each batch:
+                    on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer
+                    on_train_batch_start
+                    optimizer_step:
+                        training_step
+                        on_before_zero_grad, optimizer_zero_grad
+                        on_before_backward, backward, on_after_backward
+                        on_before_optimizer_step, configure_gradient_clipping
+                    on_train_batch_end
+                    validation, where it is due
+                on_train_epoch_end
+            on_train_end
+            on_fit_end, teardown
+        """
+        module = checks.check_model(model, "fit")
+        train_dataloaders, datamodule = parts.datamodule_first(train_dataloaders, datamodule)
+        check_given("fit", train_dataloaders if train_dataloaders is not None else val_dataloaders, datamodule)
+        self._data.reset(train=train_dataloaders, val=val_dataloaders)
+        with running(self, TrainerFn.FITTING, module, datamodule, ckpt_path, weights_only, model_given=True):
+            if parts.ready_to_fit(self):
+                self._metrics.settle_bar()
+                self.fit_loop.run()
+
+    def validate(
+        self,
+        model: Optional[LightningModule] = None,
+        dataloaders: Optional[Union[EVAL_DATALOADERS, LightningDataModule]] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
+        verbose: bool = True,
+        datamodule: Optional[LightningDataModule] = None,
+        weights_only: Optional[bool] = None,
+    ) -> EVALUATE_OUTPUT:
+        """Run once through the validation data.
+
+        Args:
+            model: what to validate; None takes the model of the last run, with its best checkpoint if it has one.
+            dataloaders: the loader, or a sequence of them; or a datamodule.
+            ckpt_path: load this checkpoint before: a path, a URL, ``"best"`` or ``"last"``.
+            verbose: print the metrics.
+            datamodule: gives the loaders instead.
+            weights_only: False unpickles anything in the checkpoint: only for sources you trust. None means True.
+
+        Returns:
+            one dict of metrics for each loader.
+        """
+        return self._evaluate(TrainerFn.VALIDATING, "val", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: Optional[LightningModule] = None,
+        dataloaders: Optional[Union[EVAL_DATALOADERS, LightningDataModule]] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
+        verbose: bool = True,
+        datamodule: Optional[LightningDataModule] = None,
+        weights_only: Optional[bool] = None,
+    ) -> EVALUATE_OUTPUT:
+        """Run once through the test data; arguments and result are those of :meth:`validate`."""
+        return self._evaluate(TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def _evaluate(
+        self, function: TrainerFn, stage: str, model: Any, dataloaders: Any, ckpt_path: Any, verbose: bool, datamodule: Any, weights_only: Any
+    ) -> EVALUATE_OUTPUT:
+        module = parts.module_or_last(self, model, function)
+        dataloaders, datamodule = parts.datamodule_first(dataloaders, datamodule)
+        check_given(function.value, dataloaders, datamodule)
+        self._data.reset(**{stage: dataloaders})
+        loop = self.validate_loop if function is TrainerFn.VALIDATING else self.test_loop
+        with running(self, function, module, datamodule, ckpt_path, weights_only, model_given=model is not None):
+            loop.limit = float("inf")
+            results = loop.run()
+        if verbose and self.is_global_zero:
+            print_results(results, function.value)
+        return list(results)
+
+    def predict(
+        self,
+        model: Optional[LightningModule] = None,
+        dataloaders: Optional[Union[EVAL_DATALOADERS, LightningDataModule]] = None,
+        datamodule: Optional[LightningDataModule] = None,
+        return_predictions: Optional[bool] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
+        weights_only: Optional[bool] = None,
+    ) -> Any:
+        """Run once through the prediction data.
+
+        Args:
+            model: what predicts; None takes the model of the last run, with its best checkpoint if it has one.
+            dataloaders: the loader, or a sequence of them; or a datamodule.
+            datamodule: gives the loaders instead.
+            return_predictions: keep and return what ``predict_step`` returned. None means True.
+            ckpt_path: load this checkpoint before: a path, a URL, ``"best"`` or ``"last"``.
+            weights_only: False unpickles anything in the checkpoint: only for sources you trust. None means True.
+
+        Returns:
+            the list of predictions, one for each batch, on the CPU; with several loaders, a list of such lists.
+        """
+        module = parts.module_or_last(self, model, TrainerFn.PREDICTING)
+        dataloaders, datamodule = parts.datamodule_first(dataloaders, datamodule)
+        check_given("predict", dataloaders, datamodule)
+        self._data.reset(predict=dataloaders)
+        self.predict_loop.return_predictions = return_predictions is not False
+        with running(self, TrainerFn.PREDICTING, module, datamodule, ckpt_path, weights_only, model_given=model is not None):
+            return self.predict_loop.run()
+
+    # ---- tools ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, filepath: Union[str, Path], weights_only: Optional[bool] = None, storage_options: Optional[Any] = None
+    ) -> None:
+        """Save the run as it stands.
+
+        Args:
+            filepath: a path or URL.
+            weights_only: leave out what only a continued training needs.
+            storage_options: passed to the CheckpointIO.
+
+        Raises:
+            AttributeError: before a model was attached.
+            OSError: if it cannot be written; what was there before is still there.
+        """
+        from lightning.pytorch.checkpoint import compose
+
+        if self.strategy.lightning_module is None:
+            raise AttributeError("`Trainer.save_checkpoint` needs a model: call fit, validate, test or predict before.")
+        with self.profiler.profile("save_checkpoint"):
+            checkpoint = compose(self, bool(weights_only))
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self.strategy.barrier("Trainer.save_checkpoint")
+
+    @contextmanager
+    def init_module(self, empty_init: Optional[bool] = None) -> Generator[None, None, None]:
+        """A context to build a model in: on the device and in the precision of this trainer.
+
+        Args:
+            empty_init: leave the weights uninitialised, where a checkpoint will be loaded anyway.
+        """
+        with self.strategy.module_init_context(empty_init=empty_init):
+            yield
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print once, on rank 0."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    @contextmanager
+    def _in_stage(self, stage: RunningStage) -> Generator[None, None, None]:
+        """The trainer in a stage, and back in the former one afterwards."""
+        outer, self.state.stage = self.state.stage, stage
+        yield
+        self.state.stage = outer

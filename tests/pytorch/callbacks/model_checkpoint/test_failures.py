@@ -182,9 +182,8 @@ def test_failure_to_save_does_not_hide_the_exception(prepare: Callable[..., Any]
     assert run.files == []
 
 
-def test_score_in_a_file_is_on_the_host(train: Callable[..., Any]) -> None:
+def test_scores_are_copies(train: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(monitor="vl")
-    train(checkpoint)
-    assert checkpoint.best_model_score is not None
-    assert checkpoint.best_model_score.device == torch.device("cpu")
-    assert not checkpoint.best_model_score.requires_grad
+    run = train(checkpoint, scores=[3], max_epochs=1)
+    run.callback_metrics["vl"].fill_(9)
+    assert checkpoint.best_k_models == {checkpoint.best_model_path: torch.tensor(3.0)}

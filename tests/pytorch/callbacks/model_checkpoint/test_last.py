@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_link_with_a_template_leaves_the_target_alone(train: Callable[..., Any])
     checkpoint.CHECKPOINT_NAME_LAST = "{epoch}-last"
     run = train(checkpoint, max_epochs=2)
     assert names(run) == ["epoch=0-step=4.ckpt", "epoch=1-last.ckpt -> epoch=1-step=8.ckpt", "epoch=1-step=8.ckpt"]
+
+
+def test_link_to_a_folder_goes_without_the_folder(prepare: Callable[..., Any]) -> None:
+    checkpoint = ModelCheckpoint(save_last="link", save_top_k=-1)
+    checkpoint.CHECKPOINT_NAME_LAST = "{epoch}-last"
+    run = prepare(checkpoint, max_epochs=2)
+    run.save_checkpoint = lambda path, weights_only: os.makedirs(path)
+    run.strategy.remove_checkpoint = shutil.rmtree
+    run.fit()
+    assert sorted(os.listdir(run.root / "checkpoints")) == ["epoch=0-step=4.ckpt", "epoch=1-last.ckpt", "epoch=1-step=8.ckpt"]
 
 
 def test_link_takes_the_place_of_a_folder(train: Callable[..., Any], tmp_path: Path) -> None:

@@ -83,12 +83,11 @@ def test_resumed_run_under_another_dirpath_keeps_the_old_files(train: Callable[.
 
 
 def test_unmonitored_run_under_another_dirpath_keeps_the_old_file(train: Callable[..., Any], tmp_path: Path) -> None:
-    old = {"monitor": None, "save_top_k": 1, "save_last": None}
-    train(resumable(tmp_path / "d", **old), max_epochs=1)
-    train(resumable(tmp_path / "d", **old), max_epochs=1)
+    arguments = {"monitor": None, "save_top_k": 1}
+    train(resumable(tmp_path / "d", **arguments), max_epochs=1)
     with pytest.warns(UserWarning, match="old files stay"):
-        run = train(resumable(tmp_path / "e", **old), max_epochs=3, ckpt_path=str(tmp_path / "d/epoch=0-step=4-v1.ckpt"))
-    assert names(run) == ["d/epoch=0-step=4-v1", "d/epoch=0-step=4", "e/epoch=2-step=12"]
+        run = train(resumable(tmp_path / "e", **arguments), max_epochs=3, ckpt_path=str(tmp_path / "d/last.ckpt"))
+    assert names(run) == ["d/epoch=0-step=4", "d/last", "e/epoch=2-step=12", "e/last"]
 
 
 @pytest.mark.parametrize("arguments", [{"save_last": None}, {"monitor": None, "save_top_k": 1, "save_last": None}])

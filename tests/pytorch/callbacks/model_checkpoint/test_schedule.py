@@ -171,7 +171,7 @@ def test_fast_dev_run_saves_nothing(train: Callable[..., Any]) -> None:
 def test_sanity_check_saves_nothing(prepare: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(save_on_train_epoch_end=False, monitor="missing")
     run = prepare(checkpoint)
-    run.sanity_checking = True
+    run.sanity_checking, run.global_step = True, 4  # as after a resume
     run.call("setup", TrainerFn.FITTING)
     run.call("on_validation_end")
     assert run.files == []
@@ -180,7 +180,7 @@ def test_sanity_check_saves_nothing(prepare: Callable[..., Any]) -> None:
 def test_validation_outside_of_fit_saves_nothing(prepare: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(save_on_train_epoch_end=False, monitor="missing")
     run = prepare(checkpoint)
-    run.state.fn = TrainerFn.VALIDATING
+    run.state.fn, run.global_step = TrainerFn.VALIDATING, 4
     run.call("setup", TrainerFn.VALIDATING)
     run.call("on_validation_end")
     assert run.files == []

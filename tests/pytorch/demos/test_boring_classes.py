@@ -114,14 +114,14 @@ def _loaders(module: BoringDataModule | BoringDataModuleNoLen | IterableBoringDa
     return loaders if isinstance(loaders, list) else [loaders]
 
 
-@pytest.mark.parametrize(("task", "part"), zip(TASKS, range(4)))
+@pytest.mark.parametrize(("task", "part"), list(zip(TASKS, range(4))))
 def test_datamodule_gives_each_task_its_quarter(task: str, part: int) -> None:
     module = BoringDataModule()
     [loader] = _loaders(module, task)
     assert torch.equal(torch.cat(list(loader)), module.random_full.data[64 * part : 64 * (part + 1)])
 
 
-@pytest.mark.parametrize(("task", "count"), zip(TASKS, (512, 128, 256, 64)))
+@pytest.mark.parametrize(("task", "count"), list(zip(TASKS, (512, 128, 256, 64))))
 def test_datamodule_without_length_streams_its_count(task: str, count: int) -> None:
     [loader] = _loaders(BoringDataModuleNoLen(), task)
     assert sum(batch.shape == (1, 32) for batch in loader) == count
@@ -129,7 +129,7 @@ def test_datamodule_without_length_streams_its_count(task: str, count: int) -> N
         len(loader)
 
 
-@pytest.mark.parametrize(("task", "count"), zip(TASKS, (16, 32, 64, 128)))
+@pytest.mark.parametrize(("task", "count"), list(zip(TASKS, (16, 32, 64, 128))))
 def test_iterable_datamodule_gives_a_sized_loader_and_a_stream(task: str, count: int) -> None:
     sized, stream = _loaders(IterableBoringDataModule(), task)
     assert len(sized) == count

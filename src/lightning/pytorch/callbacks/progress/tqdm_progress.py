@@ -358,8 +358,9 @@ class TQDMProgressBar(ProgressBar):
     def _next_due(self, bar: Tqdm) -> int:
         if bar.total is None:
             return 0  # any batch may be the last, and the bar is to end with the right number
-        due: int = bar.n - bar.n % self._refresh_rate + self._refresh_rate
-        return due if bar.n >= bar.total else min(due, int(bar.total))
+        done, total = int(bar.n), int(bar.total)
+        due = done - done % self._refresh_rate + self._refresh_rate
+        return due if done >= total else min(due, total)
 
     def _show_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         bar = self.train_progress_bar

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -119,11 +121,11 @@ class ModelSummary:
         ...         return self.net(x)
         >>> ModelSummary(Net(), max_depth=-1)
           | Name  | Type        | Params | Mode  | FLOPs | In sizes  | Out sizes
-        ------------------------------------------------------------------------------
+        ---------------------------------------------------------------------------
         0 | net   | Sequential  | 132 K  | train | 2.6 M | [10, 256] | [10, 512]
         1 | net.0 | Linear      | 131 K  | train | 2.6 M | [10, 256] | [10, 512]
         2 | net.1 | BatchNorm1d | 1.0 K  | train | 0     | [10, 512] | [10, 512]
-        ------------------------------------------------------------------------------
+        ---------------------------------------------------------------------------
         132 K     Trainable params
         0         Non-trainable params
         132 K     Total params
@@ -247,7 +249,8 @@ class ModelSummary:
 
         model = self._model
         example = model.transfer_batch_to_device(model.example_input_array, model.device, 0)
-        plugin = model._trainer.precision_plugin if model._trainer is not None else None
+        trainer: pl.Trainer | None = model.__dict__["_trainer"]  # `model.trainer` raises without one
+        plugin = None if trainer is None else trainer.precision_plugin
         if plugin is not None:
             example = plugin.convert_input(example)
         counter = FlopCounterMode(display=False)
@@ -255,7 +258,7 @@ class ModelSummary:
         random_states = collect_rng_states(include_cuda=model.device.type == "cuda")
         model.eval()
         try:
-            with torch.no_grad(), counter, nullcontext() if plugin is None else plugin.forward_context():
+            with torch.no_grad(), uncompiled(), counter, nullcontext() if plugin is None else plugin.forward_context():
                 if isinstance(example, tuple):
                     model(*example)
                 elif isinstance(example, dict):
@@ -305,6 +308,17 @@ class ModelSummary:
         return str(self)
 
 
+@contextmanager
+def uncompiled() -> Generator[None, None, None]:
+    """Run compiled modules as they were written: compiling them for one pass in eval mode would be wasted time."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it is slow
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")  # those that count FLOPs
+        yield
+
+
 def count_elements(parameters: Iterable[Tensor]) -> int:
     """The number of elements of ``parameters``; lazy ones that are not initialized yet have none."""
     return sum(0 if isinstance(p, UninitializedParameter) else p.numel() for p in parameters)
@@ -337,7 +351,7 @@ def get_formatted_model_size(total_model_size: float) -> str:
 
 
 def get_human_readable_count(number: int) -> str:
-    """``number`` in thousands (K), millions (M), billions (B) or trillions (T), rounded to two or three digits.
+    """``number`` in thousands (K), millions (M), billions (B) or trillions (T): with one decimal below a hundred, whole above.
 
     Args:
         number: at least 0.
@@ -353,11 +367,10 @@ def get_human_readable_count(number: int) -> str:
     if number < 0:
         raise ValueError(f"get_human_readable_count(`number`) must be at least 0, got {number!r}.")
     value, unit = float(number), 0
-    while round(value) >= 1000 and unit < len(UNITS) - 1:
+    while value >= 1000 and unit < len(UNITS) - 1:
         value /= 1000
         unit += 1
-    digits = 1 if unit and round(value, 1) < 100 else 0
-    return f"{value:,.{digits}f} {UNITS[unit]}"
+    return f"{value:.1f} {UNITS[unit]}" if unit and value < 100 else f"{int(value):,d} {UNITS[unit]}"
 
 
 def _format_summary_table(

@@ -268,7 +268,7 @@ def test_flattened_can_be_replaced() -> None:
 
 def test_flattened_of_another_length_raises() -> None:
     loader = CombinedLoader([range(2), range(3)])
-    with pytest.raises(ValueError, match="takes 2 iterables.* got 1"):
+    with pytest.raises(ValueError, match=r"takes 2 iterables.* got 1"):
         loader.flattened = [range(2)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,10 +28,10 @@ class Model(LightningModule):
 
 
 @pytest.fixture
-def graphs(request: pytest.FixtureRequest) -> list[Any]:
+def graphs() -> Iterator[list[Any]]:
     """The graphs that the backend below was given to compile."""
-    request.addfinalizer(torch.compiler.reset)
-    return []
+    yield []
+    torch.compiler.reset()
 
 
 def compiled(model: nn.Module, graphs: list[Any]) -> Any:

@@ -77,6 +77,8 @@ def _loops_state(trainer: Trainer) -> dict[str, Any]:
     return {
         "fit_loop": {"state_dict": {}, "progress": trainer.fit_loop.progress.state_dict()},
         "validate_loop": {"state_dict": {}, "seen": list(trainer.validate_loop.seen)},
+        "test_loop": {"state_dict": {}},
+        "predict_loop": {"state_dict": {}},
     }
 
 
@@ -254,6 +256,8 @@ def resolve_path(trainer: Trainer, ckpt_path: Any, model_given: bool) -> Any:
         if found is None:
             raise ValueError(f"`{call}`: there is no checkpoint hpc_ckpt_*.ckpt in {trainer.default_root_dir}.")
         return found
+    if ckpt_path == "":
+        raise ValueError(f"`{call}`: an empty path is no checkpoint; leave ckpt_path out to start without one.")
     if not isinstance(ckpt_path, str) and not hasattr(ckpt_path, "__fspath__"):
         raise TypeError(f"`{call}`: ckpt_path must be a path, a URL, 'best', 'last' or 'hpc'.")
     return ckpt_path

@@ -123,6 +123,11 @@ class RunData:
         asked = self._ask("train")
         if isinstance(asked, CombinedLoader):
             combined = asked
+            if combined.mode == "sequential":
+                raise ValueError(
+                    f"{self._asked_what('train')} gave CombinedLoader(mode='sequential'), which is for evaluation. "
+                    "Training takes 'min_size', 'max_size' and 'max_size_cycle'."
+                )
         else:
             combined = CombinedLoader(asked, "max_size_cycle")
         if config.overfit_batches > 0:

@@ -39,6 +39,9 @@ REDUCTIONS: dict[Any, str] = {
 }  # fmt: skip
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def is_metric(value: Any) -> bool:
     """Whether ``value`` is a torchmetrics Metric; never imports torchmetrics."""
     torchmetrics = sys.modules.get("torchmetrics")
@@ -182,7 +185,7 @@ class Entry:
         if self.on_step:
             cached = value._forward_cache
             if cached is not None:
-                self.value = cached.detach().clone()
+                self.value = cached.detach().clone() if isinstance(cached, Tensor) else cached
         if self.on_epoch:
             self.weight += 1
 
@@ -200,7 +203,7 @@ class Entry:
         value = value.detach()
         if self.on_step:
             # A copy: what was logged must not change when the user changes the tensor in place.
-            self.value = value.clone()
+            self.value = value.clone() if value.dtype in WIDE else value.to(torch.get_default_dtype())
         if self.on_epoch:
             total = self.total
             if total is None:
@@ -222,7 +225,7 @@ class Entry:
         start = {"max": -float("inf"), "min": float("inf")}.get(self.options.reduction, 0.0)
         with torch.inference_mode(False):  # the total outlives the evaluation loop's inference mode
             self.total = torch.full((), start, dtype=wide, device=value.device)
-        self.dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        self.dtype = value.dtype if value.dtype in WIDE else torch.get_default_dtype()
         return self.total
 
     def _add_number(self, value: Any, weight: float) -> None:

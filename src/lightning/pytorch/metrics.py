@@ -167,12 +167,16 @@ class Metrics:
     def merge_steps(self) -> None:
         """Bring the step values of the running loop, and its epoch values at its end, into the dictionaries. Reads no device."""
         for entry in (self.entries or {}).values():
-            if entry.on_step and entry.value is not None and entry.scope in BATCH_TRAIN and not self.epoch_ended:
+            if entry.value is None or entry.scope not in BATCH_DEFAULTS or self.epoch_ended:
+                continue
+            forked = entry.forked(True)
+            if entry.options.prog_bar:
+                self._bar[forked] = entry.value
+            if entry.options.logger:
+                self._logged[forked] = entry.value
+            if entry.scope in BATCH_TRAIN:  # decisions on evaluation metrics are made on whole epochs
                 fresh = entry.serial == self.serial
-                names = {entry.name + entry.suffix, entry.forked(True)}
-                if entry.options.prog_bar:
-                    self._bar[entry.forked(True)] = entry.value
-                for name in names:
+                for name in {entry.name + entry.suffix, forked}:
                     self._callback[name] = entry.value
                     if fresh and self.progress is not None:
                         self._steps[name] = self.progress.global_step
@@ -193,7 +197,7 @@ class Metrics:
             if entry.options.prog_bar:
                 self._bar[forked] = value
             if entry.options.logger:
-                for_loggers[forked] = value
+                for_loggers[forked] = self._logged[forked] = value
         return for_loggers
 
     @property
@@ -204,7 +208,8 @@ class Metrics:
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """The metrics that were sent to the loggers, latest values."""
+        """The metrics that go to the loggers, latest values."""
+        self.merge_steps()
         return {name: _as_tensor(value) for name, value in self._logged.items()}
 
     @property
@@ -253,31 +258,37 @@ class Metrics:
         if self._pending:
             self.flush_at = stepped + 1  # look again after the next step
 
-    def send_step_values(self, step: int) -> None:
+    def send_step_values(self, step: int, with_epoch: bool = True) -> None:
         """Start sending the values of the current step to the loggers."""
         values = {
             entry.forked(True): entry.value
             for entry in (self.entries or {}).values()
-            if entry.on_step and entry.options.logger and entry.value is not None and entry.scope in BATCH_DEFAULTS
+            if entry.value is not None
+            and entry.options.logger
+            and entry.scope in BATCH_DEFAULTS
+            and entry.dataloader_idx == self.dataloader_idx
         }
         if values:
-            self.send(values, step)
+            self.send(values, step, with_epoch)
 
-    def send(self, values: dict[str, Any], step: int) -> None:
+    def send(self, values: dict[str, Any], step: int, with_epoch: bool = True) -> None:
         """Start sending a row to the loggers; rows arrive in the order in which they are sent."""
         self._logged.update(values)
         if not self.loggers or not values:
             return
         values = dict(values)
-        step = int(values.pop("step", step))  # logging a metric named "step" moves the row along the x axis
-        values.setdefault("epoch", self.progress.epoch if self.progress is not None else 0)
+        if "step" in values:  # logging a metric of this name moves the row along the x axis
+            step = int(values.pop("step"))
+        elif with_epoch:
+            values.setdefault("epoch", self.progress.epoch if self.progress is not None else 0)
         self._pending.append((HostCopy(values), step))
 
     def _deliver(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0][0].ready()):
             copy, step = self._pending.popleft()
             values = copy.read()
-            values["epoch"] = int(values["epoch"])
+            if "epoch" in values:
+                values["epoch"] = int(values["epoch"])
             for logger in self.loggers:
                 logger.log_metrics(metrics=dict(values), step=step)
                 logger.save()
@@ -308,7 +319,7 @@ class Metrics:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.get_default_dtype())
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.get_default_dtype())
 
 
 def _find_attribute(module: LightningModule, name: str, metric: Any, attribute: str | None) -> None:

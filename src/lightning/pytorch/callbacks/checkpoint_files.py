@@ -61,12 +61,6 @@ def exists(path: Path) -> bool:
     return bool(get_filesystem(path).exists(os.fspath(path))) if local is None else os.path.exists(local)
 
 
-def is_link(path: Path) -> bool:
-    """Whether ``path`` is a symbolic link on the local disk."""
-    local = local_path(path)
-    return local is not None and os.path.islink(local)
-
-
 def holds_files(folder: Path) -> bool:
     """Whether ``folder`` is there and not empty."""
     local = local_path(folder)

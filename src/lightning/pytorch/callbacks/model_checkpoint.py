@@ -343,7 +343,7 @@ class ModelCheckpoint(Checkpoint):
             return True
         if self.monitor not in trainer.callback_metrics:
             return False
-        measured = trainer.metric_steps.get(self.monitor, trainer.global_step)
+        measured = trainer.metric_steps.get(self.monitor)
         if measured == trainer.global_step:
             return True
         # A value of training that is not logged at every step may never be of the last weights of an epoch; the newest has to do.
@@ -512,11 +512,7 @@ class ModelCheckpoint(Checkpoint):
             return
         if trainer.ckpt_path and files.canonical(trainer.ckpt_path) == files.canonical(former):
             return
-        if files.is_link(former):
-            if trainer.is_global_zero:
-                os.unlink(former)
-        else:
-            trainer.strategy.remove_checkpoint(former)
+        trainer.strategy.remove_checkpoint(former)
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
         """The paths under which this or an earlier run of this callback has saved ``last``."""

@@ -6,7 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
+from lightning.fabric.utilities.cloud_io import join_path
+from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -69,10 +70,9 @@ class OnExceptionCheckpoint(Checkpoint):
         """Remove the file if this run resumed from it and ended well: it has served its purpose."""
         if self._failed or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path:
             return
-        if _absolute(trainer.ckpt_path) == _absolute(self.ckpt_path) and get_filesystem(self.ckpt_path).exists(self.ckpt_path):
+        if files.canonical(trainer.ckpt_path) == files.canonical(self.ckpt_path):
             trainer.strategy.remove_checkpoint(self.ckpt_path)
 
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    local = local_path(path)
-    return os.fspath(path) if local is None else os.path.realpath(local)
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        """What ``ckpt_path="last"`` may mean."""
+        return {self.ckpt_path} if files.exists(self.ckpt_path) else set()

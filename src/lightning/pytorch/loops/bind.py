@@ -165,6 +165,8 @@ def detach_outputs(outputs: Any) -> Any:
     """What ``training_step`` returned, without its graph: a dict with the loss under ``"loss"``."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
+    if outputs is None:
+        return {}
     return apply_to_collection(outputs, Tensor, Tensor.detach)
 
 
@@ -175,7 +177,7 @@ def detach_manual_outputs(outputs: Any) -> Any:
         MisconfigurationException: for anything but a tensor, a dict, or None.
     """
     if outputs is None or isinstance(outputs, (Tensor, dict)):
-        return {} if outputs is None else detach_outputs(outputs)
+        return detach_outputs(outputs)
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     raise MisconfigurationException(

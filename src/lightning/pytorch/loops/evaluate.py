@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.module import LightningModule
-from lightning.pytorch.dispatch import no_op, override_of, spanned
+from lightning.pytorch.dispatch import no_op, override_of, scoped, spanned
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import parameters_of
 from lightning.pytorch.metric_entry import Entry
@@ -60,28 +60,39 @@ class EvaluationLoop:
         Returns:
             one dict of metrics for each loader.
         """
-        trainer, name = self.trainer, self.name
-        hooks, metrics, module = trainer._hooks, trainer._metrics, trainer.lightning_module
-        self.loaders = trainer._data.evaluation(self.source)
-        if sum(self.num_batches) == 0:
-            finishing()
+        if getattr(self.trainer._config, f"limit_{self.source}_batches") == 0:
             return []
-        self.bind()
+        with no_gradients(self.trainer):
+            return self._run(finishing)
+
+    def _run(self, finishing: Callable[[], None]) -> Results:
+        trainer, name = self.trainer, self.name
+        hooks, metrics = trainer._hooks, trainer._metrics
         stage = RunningStage.TESTING if name == "test" else RunningStage.VALIDATING
         if trainer.sanity_checking:
             stage = RunningStage.SANITY_CHECKING
-        with trainer._in_stage(stage), metrics.collecting(self.entries), self.evaluation_mode(module), no_gradients(trainer):
-            getattr(hooks, f"on_{name}_start")()
-            getattr(hooks, f"on_{name}_epoch_start")()
-            for index, loader in enumerate(self.loaders.loaders):
-                self.run_loader(index, loader)
-            metrics.batch, metrics.dataloader_idx = None, None
-            finishing()
-            metrics.epoch_ended = True
-            getattr(hooks, f"on_{name}_epoch_end")()
-            results = self.results()
-            metrics.end_epoch(trainer.fit_loop.log_step)
-            getattr(hooks, f"on_{name}_end")()
+        fitting = trainer.state.fn == "fit"
+        if not fitting:
+            self.seen = []
+        with trainer._in_stage(stage):
+            self.loaders = trainer._data.evaluation(self.source)
+            if sum(self.num_batches) == 0:
+                finishing()
+                return []
+            self.bind()
+            with metrics.collecting(self.entries), self.evaluation_mode():
+                getattr(hooks, f"on_{name}_start")()
+                getattr(hooks, f"on_{name}_epoch_start")()
+                for index, loader in enumerate(self.loaders.loaders):
+                    self.run_loader(index, loader)
+                metrics.batch, metrics.dataloader_idx = None, None
+                finishing()
+                metrics.epoch_ended = True
+                getattr(hooks, f"on_{name}_epoch_end")()
+                results = self.results()
+                fit = trainer.fit_loop
+                metrics.end_epoch(fit.log_step if fitting else fit.progress.stepped)
+                getattr(hooks, f"on_{name}_end")()
         return results
 
     def run_loader(self, index: int, loader: Any) -> None:
@@ -107,7 +118,7 @@ class EvaluationLoop:
                 check_outputs(outputs, scope)
             end(outputs, batch, batch_idx, *where)
             if self.logs_steps():
-                metrics.send_step_values(seen[index])
+                metrics.send_step_values(seen[index], with_epoch=False)
             seen[index] += 1
 
     def logs_steps(self) -> bool:
@@ -118,13 +129,11 @@ class EvaluationLoop:
     # ---- around the batches -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def evaluation_mode(self, module: LightningModule) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         """The module in evaluation mode; afterwards each submodule is in the mode that it was in."""
-        name = self.name
+        name, module, metrics = self.name, self.trainer.lightning_module, self.trainer._metrics
         modes = {submodule: submodule.training for submodule in module.modules()}
-        if self.trainer.state.fn == "fit":
-            module.on_validation_model_zero_grad()
-        getattr(module, f"on_{name}_model_eval")()
+        scoped(getattr(module, f"on_{name}_model_eval"), f"on_{name}_model_eval", metrics)()
         try:
             yield
         except BaseException:
@@ -132,7 +141,7 @@ class EvaluationLoop:
             raise
         override = override_of(module, f"on_{name}_model_train", LightningModule)
         if override is not None:
-            override()
+            scoped(override, f"on_{name}_model_train", metrics)()
         else:
             restore_modes(modes)
 
@@ -148,6 +157,10 @@ class EvaluationLoop:
         self.takes_index = takes_batch_idx(self.step, f"{name}_step", several)
         if trainer._profiler is not None:
             self.step = spanned(self.step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.{name}_step")
+        for hook in ("start", "end"):
+            override = override_of(trainer.lightning_module, f"on_{name}_batch_{hook}", LightningModule)
+            if override is not None:
+                check_takes_loader(override, f"on_{name}_batch_{hook}", several, 3 if hook == "start" else 4)
         self.start = getattr(hooks, f"on_{name}_batch_start")
         self.end = getattr(hooks, f"on_{name}_batch_end")
         precision = trainer.strategy.precision
@@ -163,9 +176,7 @@ class EvaluationLoop:
         for entry in self.entries.values():
             if entry.has_epoch_value:
                 target = common if entry.dataloader_idx is None else results[entry.dataloader_idx]
-                value = entry.epoch_value()
-                target[entry.name + entry.suffix] = value
-                target[entry.forked(False)] = value
+                target[entry.forked(False)] = entry.epoch_value()
         from lightning.pytorch.metrics import HostCopy
 
         return [HostCopy({**result, **common}).read() for result in results]
@@ -179,7 +190,9 @@ def restore_modes(modes: dict[Module, bool]) -> None:
 
 def no_gradients(trainer: Trainer) -> AbstractContextManager[Any]:
     """Inference mode, or no_grad where that was asked for."""
-    return torch.inference_mode() if trainer._config.inference_mode else torch.no_grad()
+    # Not in fit: what a module keeps of a validation would be an inference tensor, which training cannot use.
+    inference = trainer._config.inference_mode and trainer.state.fn != "fit"
+    return torch.inference_mode() if inference else torch.no_grad()
 
 
 def int_or_none(count: float) -> int | None:
@@ -193,17 +206,26 @@ def takes_batch_idx(step: Callable[..., Any], name: str, several: bool) -> bool:
     Raises:
         RuntimeError: if it takes a dataloader_idx and there is one loader, or does not and there are several.
     """
-    count, variadic, names = parameters_of(step)
+    takes_loader = check_takes_loader(step, name, several, 3)
+    count, variadic, _ = parameters_of(step)
+    return variadic or count - (1 if takes_loader else 0) >= 2
+
+
+def check_takes_loader(function: Callable[..., Any], name: str, several: bool, count_with: int) -> bool:
+    """Whether a step or hook takes the loader's index; with several loaders it must, with one it must not have to.
+
+    Raises:
+        RuntimeError: if it is otherwise.
+    """
+    count, variadic, names = parameters_of(function)
     if variadic:
-        return True
-    takes_loader = "dataloader_idx" in names or count >= 3
-    if several and not takes_loader:
-        raise RuntimeError(
-            f"There are several loaders, and `{name}` does not take `dataloader_idx`: define it as `{name}(self, batch, batch_idx, dataloader_idx)`."
-        )
-    if takes_loader and not several and not _has_default(step, "dataloader_idx"):
-        raise RuntimeError(f"`{name}` takes `dataloader_idx`, and there is only one loader: define it as `{name}(self, batch, batch_idx)`.")
-    return count - (1 if takes_loader else 0) >= 2
+        return False
+    takes = "dataloader_idx" in names or count >= count_with
+    if several and not takes:
+        raise RuntimeError(f"There are several loaders, and `{name}` does not take `dataloader_idx`: add it as the last parameter.")
+    if takes and not several and not _has_default(function, names[-1]):
+        raise RuntimeError(f"`{name}` takes `{names[-1]}`, and there is only one loader: leave the parameter out, or give it the default 0.")
+    return takes
 
 
 def _has_default(step: Callable[..., Any], parameter: str) -> bool:

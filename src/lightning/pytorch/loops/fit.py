@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.data import TrainLoader
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import override_of, scoped
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import counted, looked_ahead
 from lightning.pytorch.loops.progress import FitProgress, Next
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 UNBOUNDED = float("inf")
+CLOSURE_NOT_CALLED = (
+    "The optimizer step did not call its closure, which runs training_step and backward: nothing was computed. In `optimizer_step` call "
+    "`optimizer.step(closure=optimizer_closure)`, or call `optimizer_closure()` yourself; for full control use manual optimization."
+)
 
 
 class FitLoop:
@@ -56,6 +62,8 @@ class FitLoop:
     def run(self) -> None:
         """Train until a bound is reached or somebody asks to stop."""
         p, hooks, metrics = self.progress, self.hooks, self.metrics
+        if self.finished():
+            return
         with metrics.collecting(self.entries):
             hooks.on_train_start()
             while not self.finished():
@@ -80,6 +88,7 @@ class FitLoop:
             metrics.serial += 1
             self.log_step = p.stepped
             if hooks.on_train_batch_start(batch, p.batch_idx) == -1:
+                self.schedulers.step_epoch()
                 break
             self.step(batch)  # automatic_step or manual_step
             p.batch_idx += 1
@@ -88,6 +97,8 @@ class FitLoop:
                 self.schedulers.step_epoch()
             p.next = Next.VALIDATE if self.validation_due() else Next.BATCH
             hooks.on_train_batch_end(self.outputs, batch, p.batch_idx - 1)
+            if trainer.should_stop and p.next is Next.BATCH and self.validation_due():
+                p.next = Next.VALIDATE  # a callback just asked to stop: the last weights are validated too
             if p.stepped >= metrics.flush_at:
                 metrics.flush(p.stepped, self.log_step)  # the only device-to-host read
             if p.next is Next.VALIDATE:
@@ -116,9 +127,12 @@ class FitLoop:
         """Forward, backward and, on the last batch of an accumulation window, the update."""
         p = self.progress
         self.batch = batch
+        self.outputs = None
         self.updates = self.is_last or (p.batch_idx + 1) % self.accumulate == 0
         if self.updates:
             self.update(self.closure)  # the user's optimizer_step, or the optimizer's step
+            if self.outputs is None:
+                raise MisconfigurationException(CLOSURE_NOT_CALLED)
             p.global_step += 1
             p.stepped += 1
             self.schedulers.step_batch()
@@ -139,16 +153,15 @@ class FitLoop:
         if p.batch_idx % self.accumulate == 0:
             hooks.on_before_zero_grad(optimizer)
             self.zero_grad(optimizer)
-        if loss is None:
-            return None
-        if self.accumulate > 1:
-            loss = loss / self.window()
-        hooks.on_before_backward(loss)
-        self.backward(loss)
-        hooks.on_after_backward()
-        if self.updates:
-            if self.accumulate > 1 and self.is_last:
+        if loss is not None:
+            if self.accumulate > 1:
+                loss = loss / self.window()
+            hooks.on_before_backward(loss)
+            self.backward(loss)
+            hooks.on_after_backward()
+            if self.is_last and self.accumulate > 1:
                 self.complete_window()
+        if self.updates and not self.user_steps:
             self.unscale(optimizer)
             hooks.on_before_optimizer_step(optimizer)
             self.clip(optimizer)
@@ -182,17 +195,21 @@ class FitLoop:
         self.backward(loss, *args, **kwargs)
         self.hooks.on_after_backward()
 
-    def manual_optimizer_step(self, optimizer: Any, closure: Any, **kwargs: Any) -> Any:
-        """What ``optimizer.step()`` of a manual ``training_step`` runs."""
+    def user_optimizer_step(self, optimizer: Any, closure: Any, **kwargs: Any) -> Any:
+        """What ``optimizer.step(closure)`` runs where the user calls it: in ``optimizer_step``, or in a manual ``training_step``."""
+        automatic = self.step == self.automatic_step
 
         def with_hook() -> Any:
             result = closure()
             self.unscale(optimizer)
             self.hooks.on_before_optimizer_step(optimizer)
+            if automatic:
+                self.clip(optimizer)
             return result
 
         result = self.trainer.strategy.optimizer_step(optimizer, with_hook, **kwargs)
-        self.progress.global_step += 1
+        if not automatic:
+            self.progress.global_step += 1
         return result
 
     # ---- validation ---------------------------------------------------------------------------------------------------
@@ -214,6 +231,8 @@ class FitLoop:
     def validate(self) -> None:
         """Run through the validation data in the middle of, or after, the epoch's batches."""
         self.trainer._data.reload_val_if_due(self.progress.epoch)
+        if self.updates:  # in the middle of an accumulation window the gradients are still needed
+            self.free_gradients()
         self.trainer.validate_loop.run(finishing=self.after_validation)
         self.schedulers.step_plateau("step")
         self.validated_at = time.monotonic()
@@ -272,6 +291,8 @@ class FitLoop:
         self.step = self.automatic_step if automatic else self.manual_step
         self.detach = bind.detach_outputs if automatic else bind.detach_manual_outputs
         self.unscale = bind.unscale(trainer)
+        self.free_gradients = scoped(module.on_validation_model_zero_grad, "on_validation_model_zero_grad", self.metrics)
+        self.user_steps = not automatic or override_of(module, "optimizer_step", LightningModule) is not None
         if automatic:
             self.optimizer = strategy.optimizers[0]
             self.update = bind.update(trainer, self)
@@ -282,6 +303,16 @@ class FitLoop:
         self.validated_at = time.monotonic()
         self.log_step = max(self.progress.stepped - 1, 0)
         self.metrics.restart_flush(self.progress.stepped)
+
+    def bound(self) -> None:
+        """Bound the run by 1,000 epochs if nothing else bounds it."""
+        if self.max_epochs is not None:
+            return
+        if self.max_steps == -1 and self.trainer.max_time is None:
+            rank_zero_warn("`max_epochs` was not set, so the run ends after 1000 epochs. For a run without a bound, set `max_epochs=-1`.")
+            self.max_epochs = 1000
+        else:
+            self.max_epochs = -1
 
     def set_loader(self, loader: TrainLoader, validates: bool) -> None:
         """Take the training data, and decide how often they are interrupted by validation."""
@@ -303,8 +334,6 @@ def loss_of(outputs: Any) -> Tensor | None:
         return outputs
     if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
         return outputs["loss"]  # type: ignore[no-any-return]
-    if isinstance(outputs, dict) and "loss" in outputs and outputs["loss"] is None:
-        return loss_of(None)
     given = f"a dict with the keys {sorted(map(str, outputs))}" if isinstance(outputs, dict) else f"{outputs!r}, a {type(outputs).__name__}"
     raise MisconfigurationException(
         f"`training_step` returned {given}. With automatic optimization it must return the loss as a tensor, a dict with the loss "

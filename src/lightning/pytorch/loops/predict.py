@@ -57,17 +57,19 @@ class PredictionLoop:
         """
         trainer = self.trainer
         hooks, module = trainer._hooks, trainer.lightning_module
-        self.loaders = trainer._data.evaluation("predict")
-        if sum(self.num_batches) == 0:
+        if trainer.limit_predict_batches == 0:
             return None
-        writers = [c for c in trainer.callbacks if isinstance(c, BasePredictionWriter)]
-        self.wants_indices = bool(writers)
-        self.keeps = self.return_predictions or any(w.interval.on_epoch for w in writers)
-        count = len(self.loaders.loaders)
-        self._predictions = [[] for _ in range(count)]
-        self.epoch_batch_indices = [[] for _ in range(count)]
-        modes = {submodule: submodule.training for submodule in module.modules()}
-        with trainer._in_stage(RunningStage.PREDICTING), no_gradients(trainer):
+        with no_gradients(trainer), trainer._in_stage(RunningStage.PREDICTING):
+            self.loaders = trainer._data.evaluation("predict")
+            if sum(self.num_batches) == 0:
+                return None
+            writers = [c for c in trainer.callbacks if isinstance(c, BasePredictionWriter)]
+            self.wants_indices = bool(writers)
+            self.keeps = self.return_predictions or any(writer.interval.on_epoch for writer in writers)
+            count = len(self.loaders.loaders)
+            self._predictions = [[] for _ in range(count)]
+            self.epoch_batch_indices = [[] for _ in range(count)]
+            modes = {submodule: submodule.training for submodule in module.modules()}
             module.on_predict_model_eval()
             try:
                 hooks.on_predict_start()

@@ -334,9 +334,9 @@ class TrainerAttributes:
 
     @property
     def num_training_batches(self) -> float:
-        """Training batches in an epoch, infinity if unknown, 0 before fit."""
+        """Training batches in an epoch, infinity if unknown or not asked for yet."""
         loader = self._data.loaded.get("train")
-        return 0 if loader is None else loader.num_batches
+        return float("inf") if loader is None else loader.num_batches
 
     @property
     def num_val_batches(self) -> list[float]:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Union
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 Limit = Union[int, float]
 
@@ -31,7 +31,7 @@ BAREBONES_CONFLICTS = {
 class TrainerConfig:
     """The arguments of :class:`Trainer` that bound, time or shape its loops, with defaults filled in.
 
-    ``max_epochs`` and ``max_steps`` are -1 where there is no bound. Limits are a number of batches, or a fraction as float.
+    ``max_epochs`` and ``max_steps`` are -1 where there is no bound; ``max_epochs`` is None until fit decides. Limits are a number of batches, or a fraction as float.
     """
 
     fast_dev_run: int
@@ -125,7 +125,7 @@ def build_config(given: dict[str, Any]) -> TrainerConfig:
         use_distributed_sampler=given["use_distributed_sampler"],
     )
     _check_together(config, given["val_check_interval"])
-    return _with_overfit(_with_fast_dev_run(_with_epochs(config)))
+    return _with_overfit(_with_fast_dev_run(config))
 
 
 def _check_together(config: TrainerConfig, val_check_interval: Any) -> None:
@@ -134,18 +134,6 @@ def _check_together(config: TrainerConfig, val_check_interval: Any) -> None:
             f"val_check_interval={val_check_interval!r} with check_val_every_n_epoch=None: batches are then counted across epochs, "
             "so give the interval as a whole number of batches, or as a duration."
         )
-
-
-def _with_epochs(config: TrainerConfig) -> TrainerConfig:
-    """Bound the run by 1,000 epochs if nothing else bounds it."""
-    if config.max_epochs is not None:
-        return config
-    if config.max_steps == -1 and config.max_time is None and not config.fast_dev_run:
-        rank_zero_warn(
-            "`max_epochs` was not set, so the run ends after 1000 epochs. For a run without a bound, set `max_epochs=-1`.",
-        )
-        return replace(config, max_epochs=1000)
-    return replace(config, max_epochs=-1)
 
 
 def _with_fast_dev_run(config: TrainerConfig) -> TrainerConfig:

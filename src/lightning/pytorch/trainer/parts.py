@@ -66,10 +66,10 @@ def callbacks(config: TrainerConfig, given: Any, checkpointing: bool | None, pro
     if wrong:
         raise MisconfigurationException(f"callbacks={given!r}: accepted are a Callback, or a list of them; {wrong[0]!r} is none.")
     plain = config.barebones
+    _add_timer(found, config)
     _add_checkpoint(found, config, False if plain else checkpointing)
     _add_progress_bar(found, False if plain else progress_bar, plain)
     _add_summary(found, False if plain else summary)
-    _add_timer(found, config)
     checks.check_state_keys(found)
     return sorted_callbacks(found)
 
@@ -198,16 +198,17 @@ def ready_to_fit(trainer: Trainer) -> bool:
     """Run the sanity check, then ask for the training data; False if there is nothing to train on."""
     loop, config, data = trainer.fit_loop, trainer._config, trainer._data
     validates = trainer.enable_validation and data.has("val")
-    if config.limit_train_batches == 0 or loop.max_epochs == 0 or loop.max_steps == 0:
-        rank_zero_info("Nothing to train: limit_train_batches, max_epochs or max_steps is 0.")
-        return False
     checks.check_storable(trainer)
     if validates and config.num_sanity_val_steps > 0 and not loop.restarting:
         sanity_check(trainer)
-    trainer.state.stage = RunningStage.TRAINING
-    loop.set_loader(data.train(), validates)
-    trainer.validate_loop.limit = float("inf")
     loop.restarting = False
+    if config.limit_train_batches == 0 or loop.max_epochs == 0 or loop.max_steps == 0:
+        rank_zero_info("Nothing to train: limit_train_batches, max_epochs or max_steps is 0.")
+        return False
+    loop.set_loader(data.train(), validates)
+    if validates:
+        data.evaluation("val")
+    trainer.validate_loop.limit = float("inf")
     return loop.loader is not None and loop.loader.num_batches > 0
 
 
@@ -216,8 +217,7 @@ def sanity_check(trainer: Trainer) -> None:
     from lightning.pytorch.utilities.seed import isolate_rng
 
     hooks, metrics = trainer._hooks, trainer._metrics
-    trainer.state.stage = RunningStage.SANITY_CHECKING
-    with isolate_rng():
+    with isolate_rng(), trainer._in_stage(RunningStage.SANITY_CHECKING):
         hooks.on_sanity_check_start()
         trainer.validate_loop.limit = trainer.num_sanity_val_steps
         loggers, metrics.loggers = metrics.loggers, []
@@ -226,4 +226,3 @@ def sanity_check(trainer: Trainer) -> None:
         hooks.on_sanity_check_end()
     metrics.clear()
     trainer.validate_loop.seen = []
-    trainer.state.stage = None

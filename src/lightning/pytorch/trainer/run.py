@@ -17,10 +17,18 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optim
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
 from lightning.pytorch.loggers.utilities import log_hyperparams
 from lightning.pytorch.trainer import checks
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
+
+
+STAGES = {
+    TrainerFn.FITTING: RunningStage.TRAINING,
+    TrainerFn.VALIDATING: RunningStage.VALIDATING,
+    TrainerFn.TESTING: RunningStage.TESTING,
+    TrainerFn.PREDICTING: RunningStage.PREDICTING,
+}
 
 
 @contextmanager
@@ -32,7 +40,7 @@ def running(
     Inside the context the loop runs; whatever fails, callbacks hear of it, loggers are closed, and the device is freed.
     """
     state = trainer.state
-    state.fn, state.status, state.stage = function, TrainerStatus.RUNNING, None
+    state.fn, state.status, state.stage = function, TrainerStatus.RUNNING, STAGES[function]
     trainer.should_stop = False
     try:
         attach(trainer, module, datamodule)
@@ -176,8 +184,7 @@ def set_up_optimizers(trainer: Trainer) -> None:
     checks.check_optimizers(module, optimizers)
     strategy.optimizers = [strategy.setup_optimizer(optimizer) for optimizer in optimizers]
     strategy.lr_scheduler_configs = configs
-    step_through = strategy.optimizer_step if module.automatic_optimization else loop.manual_optimizer_step
-    strategy._lightning_optimizers = [LightningOptimizer(optimizer, step_through, module) for optimizer in strategy.optimizers]
+    strategy._lightning_optimizers = [LightningOptimizer(optimizer, loop.user_optimizer_step, module) for optimizer in strategy.optimizers]
 
 
 # ---- after ----------------------------------------------------------------------------------------------------------

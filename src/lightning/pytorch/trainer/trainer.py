@@ -18,6 +18,7 @@ from lightning.pytorch.trainer import checks, parts
 from lightning.pytorch.trainer.attributes import TrainerAttributes
 from lightning.pytorch.trainer.config import build_config
 from lightning.pytorch.trainer.run import running
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class Trainer(TrainerAttributes):
         self.should_stop = False
         self.accumulate_grad_batches = config.accumulate_grad_batches
         self.gradient_clip_val = config.gradient_clip_val
-        self.gradient_clip_algorithm = config.gradient_clip_algorithm
+        algorithm = config.gradient_clip_algorithm
+        self.gradient_clip_algorithm = None if algorithm is None else GradClipAlgorithmType(algorithm)
         self.enable_autolog_hparams = enable_autolog_hparams
         self.sync_batchnorm = sync_batchnorm
         self.datamodule: LightningDataModule | None = None
@@ -212,6 +214,7 @@ class Trainer(TrainerAttributes):
         train_dataloaders, datamodule = parts.datamodule_first(train_dataloaders, datamodule)
         check_given("fit", train_dataloaders if train_dataloaders is not None else val_dataloaders, datamodule)
         self._data.reset(train=train_dataloaders, val=val_dataloaders)
+        self.fit_loop.bound()
         with running(self, TrainerFn.FITTING, module, datamodule, ckpt_path, weights_only, model_given=True):
             if parts.ready_to_fit(self):
                 self._metrics.settle_bar()

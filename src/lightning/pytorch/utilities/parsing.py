@@ -153,7 +153,7 @@ def save_hyperparameters(
         KeyError: if there is no argument of a given name.
         ValueError: if a container of another type is given.
     """
-    if len(args) == 1 and (args[0] is None or args[0] == Namespace() or (isinstance(args[0], (Mapping, list, tuple)) and not args[0])):
+    if len(args) == 1 and not isinstance(args[0], str) and _is_empty(args[0]):
         return
     ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
     arguments: dict[str, Any] = dict(given_hparams or {})
@@ -204,6 +204,12 @@ def _chosen(obj: Any, args: tuple[Any, ...], arguments: dict[str, Any], ignored:
 
 def _same(value: Any, container: Any) -> bool:
     return value is container or (type(value) is type(container) and isinstance(value, (dict, Namespace)) and value == container)
+
+
+def _is_empty(container: Any) -> bool:
+    if isinstance(container, Namespace):
+        return not vars(container)
+    return container is None or (isinstance(container, (Mapping, list, tuple)) and not container)
 
 
 def _is_omega(value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice, repeat, zip_longest
 from typing import Any, Literal
@@ -321,7 +320,6 @@ def _build_nested(assemble: Build, parts: list[tuple[int, Build]], values: Itera
 # --- The iteration: built of C iterators; Python runs per batch only where places must be known for a state ---
 
 
-@dataclass(slots=True)
 class _Cursor:
     """The place in one iterable.
 
@@ -331,18 +329,23 @@ class _Cursor:
         live: whether its own state says where it is: it was started, and then not left half-way.
     """
 
-    batches: int = 0
-    passes: int = 0
-    live: bool = False
+    __slots__ = ("batches", "live", "passes")
+
+    def __init__(self, batches: int = 0, passes: int = 0, live: bool = False) -> None:
+        self.batches = batches
+        self.passes = passes
+        self.live = live
 
 
-@dataclass(slots=True)
 class _Progress:
     """The place in all iterables: the next ``batch_idx``, the iterable that is being read one after the other, each cursor."""
 
-    batch_idx: int
-    dataloader_idx: int
-    cursors: list[_Cursor]
+    __slots__ = ("batch_idx", "cursors", "dataloader_idx")
+
+    def __init__(self, batch_idx: int, dataloader_idx: int, cursors: list[_Cursor]) -> None:
+        self.batch_idx = batch_idx
+        self.dataloader_idx = dataloader_idx
+        self.cursors = cursors
 
     @classmethod
     def fresh(cls, size: int) -> _Progress:
@@ -373,17 +376,16 @@ class _Progress:
         return cls(state["batch_idx"], state["dataloader_idx"], [_Cursor(*cursor) for cursor in state["cursors"]])
 
 
-@dataclass(slots=True)
 class _Pass:
     """One iterable, how many batches to take in a pass over it, and where it stands."""
 
-    loader: Any
-    limit: int | float
-    cursor: _Cursor
+    __slots__ = ("cursor", "limit", "loader", "stateful")
 
-    @property
-    def stateful(self) -> bool:
-        return isinstance(self.loader, _Stateful)
+    def __init__(self, loader: Any, limit: int | float, cursor: _Cursor) -> None:
+        self.loader = loader
+        self.limit = limit
+        self.cursor = cursor
+        self.stateful = isinstance(loader, _Stateful)
 
     def start(self, tracked: bool = False) -> Iterator[Any]:
         """The batches from the cursor on; the cursor follows if ``tracked``."""

@@ -132,6 +132,7 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value = self._worst
         self.last_model_path = ""
 
+        self._first_step: int | None = None  # the global step at which training began
         self._validated_step: int | None = None  # the global step of the latest validation run
         self._last_global_step_saved = 0
         self._last_checkpoint_saved = ""  # what `last` may link to
@@ -233,6 +234,7 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Decide where the files go."""
+        self._first_step = None
         self.dirpath = trainer.strategy.broadcast(self.dirpath or files.folder_of_run(trainer))
         may_collide = stage == TrainerFn.FITTING and self.save_top_k != 0 and not trainer.fast_dev_run
         if may_collide and trainer.is_global_zero and files.holds_files(self.dirpath):
@@ -282,7 +284,8 @@ class ModelCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save the state of the interrupted run if asked to; a failure to do so is logged and never hides ``exception``."""
-        if not self.save_on_exception or self._inactive(trainer) or trainer.global_step == self._last_global_step_saved:
+        nothing_new = trainer.global_step in (self._first_step, self._last_global_step_saved)
+        if not self.save_on_exception or self._first_step is None or nothing_new or self._inactive(trainer):
             return
         try:
             metrics = self._metrics(trainer)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.cloud_io import join_path
 from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -44,7 +43,7 @@ class OnExceptionCheckpoint(Checkpoint):
             raise ValueError(f"`OnExceptionCheckpoint(filename={filename!r})` needs a name for the file, without its extension.")
         self.dirpath = dirpath
         self.filename = filename
-        self._failed = False
+        self._training = False
 
     @property
     def ckpt_path(self) -> str:
@@ -52,13 +51,17 @@ class OnExceptionCheckpoint(Checkpoint):
         return join_path(self.dirpath, self.filename + self.FILE_EXTENSION)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget the failure of an earlier run."""
-        self._failed = False
+        """Forget an earlier run."""
+        self._training = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on there is something to save."""
+        self._training = not trainer.fast_dev_run
 
     def on_exception(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Save, unless no training is going on."""
-        self._failed = True
-        if trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        training, self._training = self._training, False
+        if not training:
             return
         try:
             trainer.save_checkpoint(self.ckpt_path)
@@ -68,9 +71,7 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Remove the file if this run resumed from it and ended well: it has served its purpose."""
-        if self._failed or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path:
-            return
-        if files.canonical(trainer.ckpt_path) == files.canonical(self.ckpt_path):
+        if self._training and trainer.ckpt_path and files.canonical(trainer.ckpt_path) == files.canonical(self.ckpt_path):
             trainer.strategy.remove_checkpoint(self.ckpt_path)
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:

@@ -1,69 +1,92 @@
-"""``train``: a run of a few batches in the order of events that the trainer keeps, small enough to say what every number is."""
+"""``train``: a run of a few batches, small enough to say what every number in it is."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from lightning.pytorch import LightningModule, Trainer
 
 
-class Strategy:
-    """One process."""
+class Counting(LightningModule):
+    """Its only weight is the number of optimizer steps taken.
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
+    Validation logs ``vl``: the next of ``scores``, or the weight. With ``log_train`` each batch logs ``tl``, the first of an epoch
+    ``rare``, and the end of an epoch ``te``: the weight as well.
+    """
 
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision
+    def __init__(self, scores: list[float], log_train: bool, crash_at: int | None) -> None:
+        super().__init__()
+        self.scores, self.log_train, self.crash_at = list(scores), log_train, crash_at
+        self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def remove_checkpoint(self, path: str) -> None:
-        os.remove(path)
+    def training_step(self, batch: int, batch_idx: int) -> Tensor:
+        if self.trainer.global_step == self.crash_at:
+            raise RuntimeError("crash")
+        if self.log_train:
+            self.log("tl", self.trainer.global_step + 1.0)
+            if batch_idx == 0:
+                self.log("rare", self.trainer.global_step + 1.0)
+        return -self.weight
+
+    def on_train_epoch_end(self) -> None:
+        if self.log_train:
+            self.log("te", self.weight.detach())
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        self.log("vl", self.scores.pop(0) if self.scores else self.weight.detach(), batch_size=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 class Run:
-    """What a checkpoint callback asks of a trainer, and the events of ``fit``.
-
-    Each batch takes one optimizer step; a checkpoint holds the number of steps as its weights. Validation logs ``vl``: the next of
-    ``scores``, or the number of steps. With ``log_train`` each batch logs ``tl``, and each epoch at its end ``te``: the number of steps.
-    """
+    """A trainer that is ready to fit, and what it saved."""
 
     def __init__(
         self,
         callbacks: list[Any],
         root: Path,
-        max_epochs: int = 3,
         batches: int = 4,
-        scores: list[float] | None = None,
         validate: bool = True,
-        val_check_interval: int | float = 1.0,
-        check_val_every_n_epoch: int | None = 1,
-        accumulate: int = 1,
+        scores: list[float] | None = None,
         log_train: bool = False,
         crash_at: int | None = None,
-        fast_dev_run: bool = False,
         ckpt_path: str | None = None,
-        loggers: list[Any] | None = None,
         before_save: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> None:
-        self.callbacks, self.root, self.max_epochs, self.batches = callbacks, root, max_epochs, batches
-        self.scores, self.accumulate, self.log_train, self.crash_at = list(scores or []), accumulate, log_train, crash_at
-        self.enable_validation, self.num_val_batches = validate, [1] if validate else [0]
-        self.val_check_interval, self.check_val_every_n_epoch = val_check_interval, check_val_every_n_epoch
-        self.fast_dev_run, self.ckpt_path, self.loggers, self.before_save = fast_dev_run, ckpt_path, loggers or [], before_save
-        self.strategy, self.is_global_zero, self.default_root_dir = Strategy(), True, str(root)
-        self.state = TrainerState(TrainerStatus.RUNNING, TrainerFn.FITTING, RunningStage.TRAINING)
-        self.sanity_checking = self.validation_due = False
-        self.global_step = self.current_epoch = self.total_batches = 0
-        self.callback_metrics: dict[str, torch.Tensor] = {}
-        self.metric_steps: dict[str, int] = {}
+        self.callbacks, self.root, self.ckpt_path, self.before_save = callbacks, root, ckpt_path, before_save
+        self.model = Counting(scores or [], log_train, crash_at)
+        self.loaders = range(batches), range(1)
+        unvalidated = {} if validate else {"limit_val_batches": 0}
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        given = {"max_epochs": 3, "accelerator": "cpu", "default_root_dir": root, **quiet, **unvalidated, **options}
+        self.trainer = Trainer(callbacks=list(callbacks), **given)
         self.saves: list[tuple[int, str]] = []
+        self._save = self.trainer.save_checkpoint
+        self.trainer.save_checkpoint = self.save  # type: ignore[method-assign]
+
+    def save(self, path: str, *arguments: Any) -> None:
+        if self.before_save is not None:
+            self.before_save(path)
+        self._save(path, *arguments)
+        self.saves.append((self.trainer.global_step, os.path.basename(path)))
+
+    def fit(self) -> Run:
+        self.trainer.fit(self.model, *self.loaders, ckpt_path=self.ckpt_path)
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Only what callbacks do before a run."""
+        for callback in self.callbacks:
+            callback.setup(self.trainer, self.model, stage)
 
     @property
     def files(self) -> list[str]:
@@ -71,89 +94,26 @@ class Run:
         paths = [path for path in self.root.rglob("*") if path.is_symlink() or path.is_file()]
         return sorted(f"{path.relative_to(self.root)}" + (f" -> {os.readlink(path)}" if path.is_symlink() else "") for path in paths)
 
-    def step_in(self, name: str) -> int:
-        """The global step of the weights in a file."""
-        return int(torch.load(self.root / name, weights_only=False)["global_step"])
-
-    def save_checkpoint(self, path: str, weights_only: bool | None = None, storage_options: Any = None) -> None:
-        if self.before_save is not None:
-            self.before_save(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        states = {} if weights_only else {callback.state_key: callback.state_dict() for callback in self.callbacks}
-        temporary = f"{path}.part"
-        torch.save({"epoch": self.current_epoch, "global_step": self.global_step, "callbacks": states}, temporary)
-        os.replace(temporary, path)
-        self.saves.append((self.global_step, os.path.basename(path)))
-
-    def call(self, hook: str, *args: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, SimpleNamespace(), *args)
-
-    def log(self, name: str, value: float) -> None:
-        self.callback_metrics[name] = torch.tensor(value)
-        self.metric_steps[name] = self.global_step
-
-    def fit(self) -> Run:
-        self.call("setup", TrainerFn.FITTING)
-        if self.ckpt_path is not None:
-            checkpoint = torch.load(self.ckpt_path, weights_only=False)
-            self.global_step, self.current_epoch = checkpoint["global_step"], checkpoint["epoch"] + 1
-            for callback in self.callbacks:
-                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-        try:
-            self.call("on_train_start")
-            while self.current_epoch < self.max_epochs:
-                self.epoch()
-                self.current_epoch += 1
-            self.call("on_train_end")
-        except BaseException as error:
-            self.call("on_exception", error)
-            raise
-        return self
-
-    def epoch(self) -> None:
-        for batch_idx in range(self.batches):
-            if self.global_step == self.crash_at:
-                raise RuntimeError("crash")
-            last = batch_idx + 1 == self.batches
-            self.total_batches += 1
-            self.global_step += last or (batch_idx + 1) % self.accumulate == 0
-            if self.log_train:
-                self.log("tl", self.global_step)
-            self.validation_due = self.enable_validation and self.due(batch_idx, last)
-            self.call("on_train_batch_end", None, None, batch_idx)
-            if self.validation_due:
-                self.log("vl", self.scores.pop(0) if self.scores else self.global_step)
-                self.call("on_validation_end")
-            self.validation_due = False
-        if self.log_train:
-            self.log("te", self.global_step)
-        self.call("on_train_epoch_end")
-
-    def due(self, batch_idx: int, last: bool) -> bool:
-        every, interval = self.check_val_every_n_epoch, self.val_check_interval
-        if every is None:
-            return self.total_batches % int(interval) == 0
-        if (self.current_epoch + 1) % every:
-            return False
-        return last if interval == 1.0 else (batch_idx + 1) % int(interval if interval > 1 else self.batches * interval) == 0
-
-
-@pytest.fixture
-def train(tmp_path: Path) -> Callable[..., Run]:
-    """Run ``fit`` with one callback or several, in the test's folder."""
-
-    def train(callbacks: Any, **options: Any) -> Run:
-        return Run(callbacks if isinstance(callbacks, list) else [callbacks], options.pop("root", tmp_path), **options).fit()
-
-    return train
+    def steps_in(self, name: str) -> int:
+        """The number of optimizer steps of the weights in a file."""
+        return int(torch.load(self.root / name, weights_only=True)["state_dict"]["weight"])
 
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Callable[..., Run]:
-    """The run of ``train``, not yet started."""
+    """A run with one callback or several, in the test's folder, not yet started."""
 
     def prepare(callbacks: Any, **options: Any) -> Run:
         return Run(callbacks if isinstance(callbacks, list) else [callbacks], options.pop("root", tmp_path), **options)
 
     return prepare
+
+
+@pytest.fixture
+def train(prepare: Callable[..., Run]) -> Callable[..., Run]:
+    """The same, done."""
+
+    def train(callbacks: Any, **options: Any) -> Run:
+        return prepare(callbacks, **options).fit()
+
+    return train

@@ -10,6 +10,7 @@ import torch
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks.model_checkpoint import BOOKS, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 
 @pytest.mark.parametrize(
@@ -28,14 +29,14 @@ def test_unknown_monitor_is_an_error_once_validation_has_run(
     with pytest.raises(MisconfigurationException, match=r"'nope'.*\['vl', 'epoch', 'step'\]"):
         run.fit()
     assert run.files == []
-    assert run.global_step <= 4
+    assert run.trainer.global_step <= 4
 
 
 def test_unknown_monitor_of_steps_warns_after_validation_and_fails_after_the_epoch(prepare: Callable[..., Any]) -> None:
     run = prepare(ModelCheckpoint(monitor="nope", every_n_train_steps=1), val_check_interval=2)
     with pytest.warns(UserWarning, match="'nope'"), pytest.raises(MisconfigurationException, match="'nope'"):
         run.fit()
-    assert run.global_step == 4
+    assert run.trainer.global_step == 4
 
 
 @pytest.mark.parametrize("arguments", [{}, {"every_n_train_steps": 2}])
@@ -94,13 +95,13 @@ def test_failed_save_raises_and_changes_nothing(prepare: Callable[..., Any], arg
 
     fail = fail_at(n)
     run = prepare(checkpoint, scores=[3, 2, 1], before_save=before_save)
-    save = run.save_checkpoint
+    save = run.trainer.save_checkpoint
 
     def remember(path: str, *arguments: Any) -> None:
         save(path, *arguments)
         kept.update({name: getattr(checkpoint, name) for name in BOOKS})
 
-    run.save_checkpoint = remember
+    run.trainer.save_checkpoint = remember
     with pytest.raises(OSError, match="disk full"):
         run.fit()
     assert [name.removeprefix("checkpoints/") for name in run.files] == files
@@ -122,23 +123,22 @@ def test_failed_copy_leaves_the_checkpoint_in_the_books(prepare: Callable[..., A
 def test_old_file_goes_after_the_new_one_is_there(train: Callable[..., Any], prepare: Callable[..., Any]) -> None:
     run = prepare(ModelCheckpoint())
     present = []
-    remove = run.strategy.remove_checkpoint
-    run.strategy.remove_checkpoint = lambda path: (present.append(run.files), remove(path))
+    remove = run.trainer.strategy.remove_checkpoint
+    run.trainer.strategy.remove_checkpoint = lambda path: (present.append(run.files), remove(path))
     run.fit()
     assert present[0] == ["checkpoints/epoch=0-step=4.ckpt", "checkpoints/epoch=1-step=8.ckpt"]
 
 
 def test_file_that_is_saved_stays_in_the_books_if_a_logger_fails(prepare: Callable[..., Any]) -> None:
-    class Logger:
-        save_dir, name, version = "logs", "x", 0
-
-        def after_save_checkpoint(self, checkpoint: Any) -> None:
+    class Failing(CSVLogger):
+        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
             raise ConnectionError("no network")
 
-    checkpoint = ModelCheckpoint()
+    checkpoint = ModelCheckpoint(dirpath="d")
+    run = prepare(checkpoint, logger=Failing("logs"), log_every_n_steps=1)
     with pytest.raises(ConnectionError):
-        prepare(checkpoint, loggers=[Logger()]).fit()
-    assert checkpoint.best_model_path == "logs/x/version_0/checkpoints/epoch=0-step=4.ckpt"
+        run.fit()
+    assert checkpoint.best_model_path == str(run.root / "d/epoch=0-step=4.ckpt")
 
 
 # ---- exceptions ------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_file_that_is_saved_stays_in_the_books_if_a_logger_fails(prepare: Callab
         ({}, 0, []),
         ({"save_top_k": 0}, 6, [(6, "epoch=1-step=6.ckpt")]),
         ({"monitor": "vl"}, 6, [(4, "epoch=0-step=4.ckpt"), (6, "epoch=1-step=6.ckpt")]),
-        ({"save_last": True, "filename": "{vl}"}, 6, [(4, "vl=4.ckpt"), (4, "last.ckpt"), (6, "vl=4-v1.ckpt"), (6, "last.ckpt")]),
+        ({"save_last": True, "filename": "{vl}"}, 6, [(4, "vl=4.0.ckpt"), (4, "last.ckpt"), (6, "vl=4.0-v1.ckpt"), (6, "last.ckpt")]),
     ],
 )
 def test_exception_saves_the_state_beside_the_best(
@@ -184,6 +184,6 @@ def test_failure_to_save_does_not_hide_the_exception(prepare: Callable[..., Any]
 
 def test_scores_are_copies(train: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(monitor="vl")
-    run = train(checkpoint, scores=[3], max_epochs=1)
-    run.callback_metrics["vl"].fill_(9)
-    assert checkpoint.best_k_models == {checkpoint.best_model_path: torch.tensor(3.0)}
+    run = train(checkpoint, max_epochs=1)
+    run.trainer.callback_metrics["vl"].fill_(9)
+    assert checkpoint.best_k_models == {checkpoint.best_model_path: torch.tensor(4.0)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,20 +22,20 @@ def test_last_is_a_copy_of_the_latest(train: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(save_last=True)
     run = train(checkpoint)
     assert names(run) == ["epoch=2-step=12.ckpt", "last.ckpt"]
-    assert run.step_in("checkpoints/last.ckpt") == 12
+    assert run.steps_in("checkpoints/last.ckpt") == 12
     assert checkpoint.last_model_path == str(run.root / "checkpoints/last.ckpt")
 
 
 def test_last_goes_with_the_files_of_epochs(train: Callable[..., Any]) -> None:
     run = train(ModelCheckpoint(save_last=True, monitor="vl"), scores=[2, 1, 3])
     assert names(run) == ["epoch=1-step=8.ckpt", "last.ckpt"]
-    assert run.step_in("checkpoints/last.ckpt") == 8
+    assert run.steps_in("checkpoints/last.ckpt") == 8
 
 
 def test_last_is_saved_at_each_due_step_whatever_the_score(train: Callable[..., Any]) -> None:
     run = train(ModelCheckpoint(save_last=True, monitor="tl", every_n_train_steps=5), log_train=True)
     assert names(run) == ["epoch=1-step=5.ckpt", "last.ckpt"]
-    assert run.step_in("checkpoints/last.ckpt") == 10
+    assert run.steps_in("checkpoints/last.ckpt") == 10
 
 
 def test_last_holds_its_own_path(train: Callable[..., Any]) -> None:
@@ -57,7 +56,7 @@ def test_last_alone_is_there_after_a_crash(prepare: Callable[..., Any]) -> None:
     run = prepare(ModelCheckpoint(save_last=True, save_top_k=0), crash_at=6)
     with pytest.raises(RuntimeError, match="crash"):
         run.fit()
-    assert run.step_in("checkpoints/last.ckpt") == 4
+    assert run.steps_in("checkpoints/last.ckpt") == 4
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_last_is_saved_at_the_end_if_nothing_was_due_before(train: Callable[...,
 
 def test_last_of_earlier_steps_stays_at_the_end(train: Callable[..., Any]) -> None:
     run = train(ModelCheckpoint(save_last=True, every_n_train_steps=5))
-    assert run.step_in("checkpoints/last.ckpt") == 10
+    assert run.steps_in("checkpoints/last.ckpt") == 10
 
 
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"fast_dev_run": True}])
@@ -105,16 +104,19 @@ def test_link_stays_where_no_better_file_comes(train: Callable[..., Any]) -> Non
     assert names(run) == ["epoch=0-step=2.ckpt", "last.ckpt -> epoch=0-step=2.ckpt"]
 
 
-def test_link_never_leads_nowhere(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_never_leads_nowhere(prepare: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(save_last="link")
-    remove = os.remove
+    run = prepare(checkpoint)
+    remove, removed = run.trainer.strategy.remove_checkpoint, []
 
     def check(path: str) -> None:
         remove(path)
+        removed.append(path)
         assert os.path.exists(checkpoint.last_model_path)
 
-    monkeypatch.setattr(os, "remove", check)
-    assert len(train(checkpoint).files) == 2
+    run.trainer.strategy.remove_checkpoint = check
+    run.fit()
+    assert len(removed) == 2
 
 
 def test_link_with_a_template_leaves_the_target_alone(train: Callable[..., Any]) -> None:
@@ -128,8 +130,7 @@ def test_link_to_a_folder_goes_without_the_folder(prepare: Callable[..., Any]) -
     checkpoint = ModelCheckpoint(save_last="link", save_top_k=-1)
     checkpoint.CHECKPOINT_NAME_LAST = "{epoch}-last"
     run = prepare(checkpoint, max_epochs=2)
-    run.save_checkpoint = lambda path, weights_only: os.makedirs(path)
-    run.strategy.remove_checkpoint = shutil.rmtree
+    run.trainer.save_checkpoint = lambda path, weights_only: os.makedirs(path)
     run.fit()
     assert sorted(os.listdir(run.root / "checkpoints")) == ["epoch=0-step=4.ckpt", "epoch=1-last.ckpt", "epoch=1-step=8.ckpt"]
 
@@ -150,7 +151,7 @@ def test_copy_where_links_are_not_possible(train: Callable[..., Any], monkeypatc
     monkeypatch.setattr(os, "symlink", refuse)
     run = train(ModelCheckpoint(save_last="link"))
     assert names(run) == ["epoch=2-step=12.ckpt", "last.ckpt"]
-    assert run.step_in("checkpoints/last.ckpt") == 12
+    assert run.steps_in("checkpoints/last.ckpt") == 12
 
 
 def test_copy_replaces_an_earlier_link_and_not_its_target(train: Callable[..., Any], tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_copy_replaces_an_earlier_link_and_not_its_target(train: Callable[..., A
     with pytest.warns(UserWarning, match="not empty"):
         run = train(ModelCheckpoint(save_last=True, filename="other", enable_version_counter=False), max_epochs=2)
     assert names(run) == ["epoch=0-step=4.ckpt", "last.ckpt", "other.ckpt"]
-    assert run.step_in("checkpoints/epoch=0-step=4.ckpt") == 4
+    assert run.steps_in("checkpoints/epoch=0-step=4.ckpt") == 4
 
 
 def test_last_checkpoints_of_earlier_runs_are_found(train: Callable[..., Any], prepare: Callable[..., Any], tmp_path: Path) -> None:
@@ -166,10 +167,10 @@ def test_last_checkpoints_of_earlier_runs_are_found(train: Callable[..., Any], p
     with pytest.warns(UserWarning, match="not empty"):
         train(ModelCheckpoint(save_last="link"), max_epochs=1)
     checkpoint = ModelCheckpoint()
-    found = checkpoint._find_last_checkpoints(prepare(checkpoint))
+    found = checkpoint._find_last_checkpoints(prepare(checkpoint).trainer)
     assert found == {str(tmp_path / "checkpoints" / name) for name in ("last.ckpt", "last-v1.ckpt")}
 
 
 def test_no_last_checkpoint_is_found_where_there_is_no_folder(prepare: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "nowhere")
-    assert checkpoint._find_last_checkpoints(prepare(checkpoint)) == set()
+    assert checkpoint._find_last_checkpoints(prepare(checkpoint).trainer) == set()

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
+
+FILE = "on_exception.ckpt"
 
 
-def stand_in(**attributes: Any) -> SimpleNamespace:
-    """What the callback asks of a trainer."""
-    return SimpleNamespace(
-        **{
-            "fast_dev_run": False,
-            "sanity_checking": False,
-            "ckpt_path": None,
-            "state": SimpleNamespace(fn=TrainerFn.FITTING),
-            "strategy": SimpleNamespace(remove_checkpoint=os.remove),
-            "save_checkpoint": lambda path: Path(path).write_text("state"),
-            **attributes,
-        }
-    )
+def crash(prepare: Callable[..., Any], folder: Path, **options: Any) -> Any:
+    run = prepare(OnExceptionCheckpoint(folder), **{"crash_at": 6, "enable_checkpointing": True, **options})
+    with pytest.raises(RuntimeError, match="crash"):
+        run.fit()
+    return run
 
 
 def test_path_is_made_of_folder_and_name() -> None:
@@ -42,51 +34,76 @@ def test_empty_name_is_refused() -> None:
         OnExceptionCheckpoint("d", filename="")
 
 
-@pytest.mark.parametrize("exception", [RuntimeError("x"), KeyboardInterrupt()])
-def test_exception_in_training_saves(tmp_path: Path, exception: BaseException) -> None:
-    OnExceptionCheckpoint(tmp_path).on_exception(stand_in(), None, exception)
-    assert (tmp_path / "on_exception.ckpt").read_text() == "state"
+def test_exception_in_training_saves(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    run = crash(prepare, tmp_path)
+    assert run.files == [FILE]
+    assert run.steps_in(FILE) == 6
 
 
-@pytest.mark.parametrize(
-    "attributes", [{"fast_dev_run": 1}, {"sanity_checking": True}, {"state": SimpleNamespace(fn=TrainerFn.VALIDATING)}]
-)
-def test_exception_outside_of_training_leaves_an_earlier_file_alone(tmp_path: Path, attributes: dict[str, Any]) -> None:
-    (tmp_path / "on_exception.ckpt").write_text("of an earlier run")
-    callback = OnExceptionCheckpoint(tmp_path)
-    trainer = stand_in(**attributes)
-    callback.on_exception(trainer, None, RuntimeError("x"))
-    callback.teardown(trainer, None, "fit")
-    assert (tmp_path / "on_exception.ckpt").read_text() == "of an earlier run"
+def test_interrupt_saves(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    run = prepare(OnExceptionCheckpoint(tmp_path, filename="mine"))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run.model.validation_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    assert run.steps_in("mine.ckpt") == 4
 
 
-def test_failure_to_save_is_logged_and_hides_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    OnExceptionCheckpoint(tmp_path / "no such folder").on_exception(stand_in(), None, RuntimeError("x"))
-    assert "No such file or directory" in caplog.text
+def test_run_that_ends_well_saves_nothing(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    assert prepare(OnExceptionCheckpoint(tmp_path)).fit().files == []
 
 
-def test_file_stays_after_the_run_that_failed(tmp_path: Path) -> None:
-    callback = OnExceptionCheckpoint(tmp_path)
-    trainer = stand_in(ckpt_path=callback.ckpt_path)
-    callback.setup(trainer, None, "fit")
-    callback.on_exception(trainer, None, RuntimeError("x"))
-    callback.teardown(trainer, None, "fit")
-    assert (tmp_path / "on_exception.ckpt").exists()
+def test_exception_in_the_sanity_check_leaves_an_earlier_file_alone(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("of an earlier run")
+    run = prepare(OnExceptionCheckpoint(tmp_path), num_sanity_val_steps=1)
+    run.model.validation_step = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    assert (tmp_path / FILE).read_text() == "of an earlier run"
 
 
-@pytest.mark.parametrize(("resumed", "stays"), [(True, False), (False, True)])
-def test_file_goes_after_a_run_that_resumed_from_it_and_ended_well(tmp_path: Path, resumed: bool, stays: bool) -> None:
-    callback = OnExceptionCheckpoint(tmp_path)
-    callback.on_exception(stand_in(), None, RuntimeError("x"))
-    trainer = stand_in(ckpt_path=str(tmp_path / "." / "on_exception.ckpt") if resumed else None)
-    callback.setup(trainer, None, "fit")
-    callback.teardown(trainer, None, "fit")
-    assert (tmp_path / "on_exception.ckpt").exists() is stays
+def test_exception_in_fast_dev_run_leaves_an_earlier_file_alone(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("of an earlier run")
+    crash(prepare, tmp_path, fast_dev_run=True, crash_at=0)
+    assert (tmp_path / FILE).read_text() == "of an earlier run"
 
 
-def test_run_that_ends_well_without_a_file_needs_none(tmp_path: Path) -> None:
-    callback = OnExceptionCheckpoint(tmp_path)
-    trainer = stand_in(ckpt_path=callback.ckpt_path)
-    callback.setup(trainer, None, "fit")
-    callback.teardown(trainer, None, "fit")
-    assert list(tmp_path.iterdir()) == []
+def test_exception_in_validation_alone_leaves_an_earlier_file_alone(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("of an earlier run")
+    run = prepare(OnExceptionCheckpoint(tmp_path))
+    run.model.validation_step = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.trainer.validate(run.model, run.loaders[1])
+    assert (tmp_path / FILE).read_text() == "of an earlier run"
+
+
+def test_failure_to_save_is_logged_and_hides_nothing(prepare: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    crash(prepare, tmp_path / "file" / "folder")
+    assert "No checkpoint of the interrupted run could be saved" in caplog.text
+
+
+@pytest.mark.parametrize("ckpt_path", [FILE, "last"])
+def test_file_goes_after_a_run_that_resumed_from_it_and_ended_well(prepare: Callable[..., Any], tmp_path: Path, ckpt_path: str) -> None:
+    crash(prepare, tmp_path)
+    run = prepare(OnExceptionCheckpoint(tmp_path), ckpt_path=ckpt_path)
+    run.fit()
+    assert run.model.weight == 12
+    assert run.files == []
+
+
+def test_file_stays_after_a_resumed_run_that_failed_again(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    crash(prepare, tmp_path)
+    run = crash(prepare, tmp_path, ckpt_path=FILE, crash_at=9)
+    assert run.steps_in(FILE) == 9
+
+
+def test_file_stays_after_another_run(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    crash(prepare, tmp_path)
+    run = prepare(OnExceptionCheckpoint(tmp_path)).fit()
+    assert run.steps_in(FILE) == 6
+    run.trainer.validate(run.model, run.loaders[1], verbose=False)
+    assert run.steps_in(FILE) == 6

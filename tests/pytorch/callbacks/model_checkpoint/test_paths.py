@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -13,50 +12,70 @@ import torch
 import yaml
 
 from lightning.pytorch.callbacks.model_checkpoint import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 
-class Logger(SimpleNamespace):
-    def after_save_checkpoint(self, checkpoint: Any) -> None:
+class Recorder(Logger):
+    """A logger of which the folder is known; it records what it is told of checkpoints."""
+
+    def __init__(self, save_dir: str | None = "logs", name: str = "run", version: int | str = 3) -> None:
+        super().__init__()
+        self._attributes = save_dir, name, version
+        self.told: list[tuple[str, str]] = []
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._attributes[0]
+
+    @property
+    def name(self) -> str:
+        return self._attributes[1]
+
+    @property
+    def version(self) -> int | str:
+        return self._attributes[2]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
-def logger(**attributes: Any) -> Logger:
-    return Logger(**{"save_dir": "logs", "name": "run", "version": 3, **attributes})
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.told.append((Path(checkpoint_callback.best_model_path).name, Path(checkpoint_callback.last_model_path).name))
 
 
 @pytest.mark.parametrize(
-    ("loggers", "folder"),
+    ("logger", "folder"),
     [
-        ([], "{root}/checkpoints"),
-        ([logger()], "logs/run/version_3/checkpoints"),
-        ([logger(version="abc")], "logs/run/abc/checkpoints"),
-        ([logger(name="")], "logs/version_3/checkpoints"),
-        ([logger(save_dir=None)], "{root}/run/version_3/checkpoints"),
-        ([logger(save_dir="s3://bucket/logs")], "s3://bucket/logs/run/version_3/checkpoints"),
-        ([logger(), logger(save_dir="second")], "logs/run/version_3/checkpoints"),
+        (False, "{root}/checkpoints"),
+        (Recorder(), "logs/run/version_3/checkpoints"),
+        (Recorder(version="abc"), "logs/run/abc/checkpoints"),
+        (Recorder(name=""), "logs/version_3/checkpoints"),
+        (Recorder(save_dir=None), "{root}/run/version_3/checkpoints"),
+        (Recorder(save_dir="s3://bucket/logs"), "s3://bucket/logs/run/version_3/checkpoints"),
+        ([Recorder(), Recorder(save_dir="second")], "logs/run/version_3/checkpoints"),
     ],
 )
 @pytest.mark.parametrize("stage", [TrainerFn.VALIDATING, TrainerFn.TESTING])
-def test_folder_comes_from_the_first_logger_or_the_trainer(
-    prepare: Callable[..., Any], loggers: list[Any], folder: str, stage: TrainerFn
-) -> None:
+def test_folder_comes_from_the_first_logger_or_the_trainer(prepare: Callable[..., Any], logger: Any, folder: str, stage: TrainerFn) -> None:
     checkpoint = ModelCheckpoint()
-    run = prepare(checkpoint, loggers=loggers)
-    run.call("setup", stage)
+    run = prepare(checkpoint, logger=logger)
+    run.setup(stage)
     assert checkpoint.dirpath == folder.format(root=run.root)
 
 
 def test_given_folder_comes_first(prepare: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "mine")
-    prepare(checkpoint, loggers=[logger()]).call("setup", TrainerFn.FITTING)
+    prepare(checkpoint, logger=Recorder()).setup(TrainerFn.FITTING)
     assert checkpoint.dirpath == str(tmp_path / "mine")
 
 
 def test_fast_dev_run_asks_no_logger(prepare: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint()
-    run = prepare(checkpoint, loggers=[object()], fast_dev_run=True)
-    run.call("setup", TrainerFn.FITTING)
+    run = prepare(checkpoint, logger=Recorder(), fast_dev_run=True)
+    run.setup(TrainerFn.FITTING)
     assert checkpoint.dirpath == f"{run.root}/checkpoints"
 
 
@@ -77,44 +96,38 @@ def test_folder_that_holds_files_is_reported_before_fit(
     run = prepare(ModelCheckpoint(dirpath=tmp_path / "d", **arguments), **options)
     if warns:
         with pytest.warns(UserWarning, match="not empty"):
-            run.call("setup", stage)
+            run.setup(stage)
     else:
-        run.call("setup", stage)
+        run.setup(stage)
 
 
 def test_empty_folder_is_not_reported(prepare: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
-    prepare(ModelCheckpoint(dirpath=tmp_path / "d")).call("setup", TrainerFn.FITTING)
+    prepare(ModelCheckpoint(dirpath=tmp_path / "d")).setup(TrainerFn.FITTING)
 
 
 def test_file_exists(prepare: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint()
-    run = prepare(checkpoint)
+    trainer = prepare(checkpoint).trainer
     (tmp_path / "here").touch()
-    assert checkpoint.file_exists(tmp_path / "here", run)
-    assert checkpoint.file_exists(str(tmp_path), run)
-    assert not checkpoint.file_exists(tmp_path / "not here", run)
+    assert checkpoint.file_exists(tmp_path / "here", trainer)
+    assert checkpoint.file_exists(str(tmp_path), trainer)
+    assert not checkpoint.file_exists(tmp_path / "not here", trainer)
 
 
-def test_remote_folder(prepare: Callable[..., Any], tmp_path: Path) -> None:
-    storage = fsspec.filesystem("memory")
-    folder = f"memory://{tmp_path.name}"
-
-    def save(path: str, weights_only: bool) -> None:
-        with storage.open(path, "w") as file:
-            file.write(str(run.global_step))
-
+def test_remote_folder(train: Callable[..., Any], tmp_path: Path) -> None:
+    storage, folder = fsspec.filesystem("memory"), f"memory://{tmp_path.name}"
     checkpoint = ModelCheckpoint(dirpath=folder, monitor="vl", filename="x", save_top_k=2, save_last="link")
-    run = prepare(checkpoint, scores=[3, 2, 1])
-    run.save_checkpoint = save
-    run.strategy.remove_checkpoint = storage.rm
-    run.fit()
-    files = {path.rpartition("/")[2]: storage.cat(path).decode() for path in storage.find(folder)}
-    assert files == {"x.ckpt": "12", "x-v1.ckpt": "8", "last.ckpt": "12"}
-    assert checkpoint.file_exists(f"{folder}/x.ckpt", run)
-    assert checkpoint._find_last_checkpoints(run) == {f"{folder}/last.ckpt"}
+    run = train(checkpoint, scores=[3, 2, 1])
+    steps = {}
+    for path in storage.find(folder):
+        with storage.open(path, "rb") as file:
+            steps[path.rpartition("/")[2]] = int(torch.load(file, weights_only=True)["state_dict"]["weight"])
+    assert steps == {"x.ckpt": 12, "x-v1.ckpt": 8, "last.ckpt": 12}
+    assert checkpoint.file_exists(f"{folder}/x.ckpt", run.trainer)
+    assert checkpoint._find_last_checkpoints(run.trainer) == {f"{folder}/last.ckpt"}
     with pytest.warns(UserWarning, match="not empty"):
-        run.call("setup", TrainerFn.FITTING)
+        run.setup(TrainerFn.FITTING)
 
 
 def test_yaml_lists_paths_and_scores(tmp_path: Path) -> None:
@@ -126,13 +139,8 @@ def test_yaml_lists_paths_and_scores(tmp_path: Path) -> None:
         assert yaml.safe_load((tmp_path / name).read_text()) == {"a.ckpt": 1.5}
 
 
-def test_loggers_are_told_of_each_checkpoint(train: Callable[..., Any], tmp_path: Path) -> None:
-    told = []
-
-    class Listening(Logger):
-        def after_save_checkpoint(self, checkpoint: Any) -> None:
-            told.append((Path(checkpoint.best_model_path).name, Path(checkpoint.last_model_path).name))
-
-    train(ModelCheckpoint(save_last=True), loggers=[Listening(save_dir=tmp_path, name="x", version=0)], max_epochs=2)
+def test_loggers_are_told_of_each_checkpoint(train: Callable[..., Any]) -> None:
+    logger = Recorder()
+    train(ModelCheckpoint(dirpath="d", save_last=True), logger=logger, log_every_n_steps=1, max_epochs=2)
     first, second = "epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"
-    assert told == [(first, ""), (first, "last.ckpt"), (second, "last.ckpt"), (second, "last.ckpt")]
+    assert logger.told == [(first, ""), (first, "last.ckpt"), (second, "last.ckpt"), (second, "last.ckpt")]

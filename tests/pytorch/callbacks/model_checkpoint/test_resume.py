@@ -115,9 +115,21 @@ def test_run_that_has_nothing_left_to_do_saves_nothing(train: Callable[..., Any]
     assert names(run) == before
 
 
+@pytest.mark.parametrize("failing", ["configure_optimizers", "training_step"])
+def test_run_that_fails_before_it_trains_saves_nothing(train: Callable[..., Any], prepare: Callable[..., Any], failing: str) -> None:
+    train(resumable(Path("d")), max_epochs=1)
+    run = prepare(resumable(Path("d"), save_on_exception=True), max_epochs=2, ckpt_path="d/epoch=0-step=4.ckpt")
+    setattr(run.model, failing, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    assert run.saves == []
+
+
 def test_step_that_was_saved_before_is_not_due_again(train: Callable[..., Any], tmp_path: Path) -> None:
     arguments = {"monitor": None, "save_last": None, "save_top_k": -1, "every_n_train_steps": 2}
     train(resumable(tmp_path / "d", **arguments), max_epochs=1)
     # The first batches after the restart take no optimizer step: the global step is still that of the checkpoint.
-    run = train(resumable(tmp_path / "d", **arguments), max_epochs=2, accumulate=4, ckpt_path=str(tmp_path / "d/epoch=0-step=4.ckpt"))
+    run = train(
+        resumable(tmp_path / "d", **arguments), max_epochs=2, accumulate_grad_batches=4, ckpt_path=str(tmp_path / "d/epoch=0-step=4.ckpt")
+    )
     assert run.saves == []

@@ -10,7 +10,6 @@ import pytest
 
 from lightning.pytorch.callbacks import checkpoint_schedule
 from lightning.pytorch.callbacks.model_checkpoint import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 
 def steps(run: Any) -> list[int]:
@@ -34,7 +33,7 @@ def steps(run: Any) -> list[int]:
         ({"save_on_train_epoch_end": True}, {"check_val_every_n_epoch": 2}, [4, 8, 12]),
         ({"save_on_train_epoch_end": False, "every_n_epochs": 2}, {"check_val_every_n_epoch": 3, "max_epochs": 6}, [24]),
         ({"every_n_train_steps": 3}, {}, [3, 6, 9, 12]),
-        ({"every_n_train_steps": 3}, {"accumulate": 2, "batches": 7}, [3, 6, 9, 12]),
+        ({"every_n_train_steps": 3}, {"accumulate_grad_batches": 2, "batches": 7}, [3, 6, 9, 12]),
         ({"every_n_train_steps": 50}, {}, []),
         ({"train_time_interval": timedelta(0)}, {"max_epochs": 1}, [1, 2, 3, 4]),
         ({"train_time_interval": timedelta(hours=1)}, {}, []),
@@ -53,44 +52,44 @@ def test_time_is_counted_from_the_last_due_batch(train: Callable[..., Any], monk
     assert steps(run) == [5, 10]
 
 
-def test_place_of_an_epochs_checkpoint_is_before_or_after_validation(train: Callable[..., Any]) -> None:
+def test_place_of_an_epochs_checkpoint_is_before_or_after_validation(prepare: Callable[..., Any]) -> None:
     class Places(ModelCheckpoint):
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             super().on_validation_end(trainer, pl_module)
-            self.after_validation = len(trainer.saves)
+            self.after_validation = len(run.saves)
 
-    by_training, by_validation = Places(), Places(save_on_train_epoch_end=False)
-    train(by_training, max_epochs=1)
-    assert by_training.after_validation == 0
-    by_validation.dirpath = "elsewhere"
-    train(by_validation, max_epochs=1)
-    assert by_validation.after_validation == 1
+    for arguments, expected in (({}, 0), ({"save_on_train_epoch_end": False}, 1)):
+        checkpoint = Places(dirpath=f"folder{expected}", **arguments)
+        run = prepare(checkpoint, max_epochs=1)
+        run.fit()
+        assert (checkpoint.after_validation, len(run.saves)) == (expected, 1)
 
 
 # ---- a monitored checkpoint carries the metric of the weights that it holds -------------------------------------------
 
 
 def scores_by_step(checkpoint: ModelCheckpoint, run: Any) -> dict[int, float]:
-    return {run.step_in(path): score.item() for path, score in checkpoint.best_k_models.items()}
+    return {run.steps_in(path): score.item() for path, score in checkpoint.best_k_models.items()}
 
 
 def test_save_at_a_step_waits_for_the_validation_that_follows(train: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(monitor="vl", every_n_train_steps=4, save_top_k=-1, filename="{step}-{vl}")
     run = train(checkpoint)
     assert scores_by_step(checkpoint, run) == {4: 4, 8: 8, 12: 12}
-    assert run.files == [f"checkpoints/step={step}-vl={step}.ckpt" for step in (12, 4, 8)]
+    assert run.files == [f"checkpoints/step={step}-vl={step}.0.ckpt" for step in (12, 4, 8)]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"monitor": "vl", "save_last": True, "save_top_k": 0}])
-def test_every_save_waits_for_a_validation_due_at_its_step(train: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def test_every_save_waits_for_a_validation_due_at_its_step(prepare: Callable[..., Any], arguments: dict[str, Any]) -> None:
     seen = []
 
     class Spy(ModelCheckpoint):
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            seen.append(len(trainer.saves))
+            seen.append(len(run.saves))
             super().on_validation_end(trainer, pl_module)
 
-    run = train(Spy(every_n_train_steps=4, **arguments), max_epochs=2)
+    run = prepare(Spy(every_n_train_steps=4, **arguments), max_epochs=2)
+    run.fit()
     assert seen == [0, 1]
     assert steps(run) == [4, 8]
 
@@ -138,26 +137,9 @@ def test_epoch_without_validation_saves_nothing_under_an_old_metric(train: Calla
 
 
 def test_metric_that_is_rarely_logged_in_training_is_taken_as_it_is_at_the_end_of_the_epoch(train: Callable[..., Any]) -> None:
-    class Sometimes(ModelCheckpoint):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 0:
-                trainer.log("rare", trainer.global_step)
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    checkpoint = Sometimes(monitor="rare", save_top_k=-1)
-    run = train(checkpoint, max_epochs=2)
+    checkpoint = ModelCheckpoint(monitor="rare", save_top_k=-1)
+    run = train(checkpoint, log_train=True, max_epochs=2)
     assert scores_by_step(checkpoint, run) == {4: 1, 8: 5}
-
-
-def test_metric_without_a_known_step_is_taken_as_it_is(train: Callable[..., Any]) -> None:
-    class Outside(ModelCheckpoint):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            trainer.log("mine", trainer.global_step)
-            trainer.metric_steps.clear()
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    checkpoint = Outside(monitor="mine", every_n_train_steps=3, save_top_k=-1)
-    assert scores_by_step(checkpoint, train(checkpoint, validate=False, max_epochs=1)) == {3: 3}
 
 
 # ---- when nothing is saved ---------------------------------------------------------------------------------------------
@@ -168,27 +150,22 @@ def test_fast_dev_run_saves_nothing(train: Callable[..., Any]) -> None:
     assert train(checkpoints, fast_dev_run=True).files == []
 
 
-def test_sanity_check_saves_nothing(prepare: Callable[..., Any]) -> None:
-    checkpoint = ModelCheckpoint(save_on_train_epoch_end=False, monitor="missing")
-    run = prepare(checkpoint)
-    run.sanity_checking, run.global_step = True, 4  # as after a resume
-    run.call("setup", TrainerFn.FITTING)
-    run.call("on_validation_end")
-    assert run.files == []
+def test_sanity_check_counts_for_nothing(train: Callable[..., Any]) -> None:
+    checkpoint = ModelCheckpoint(monitor="vl", save_on_train_epoch_end=True)
+    with pytest.warns(UserWarning, match="no metric of that name"):  # an error if validation had run
+        run = train(checkpoint, num_sanity_val_steps=1, check_val_every_n_epoch=2, max_epochs=2)
+    assert run.saves == [(8, "epoch=1-step=8.ckpt")]
 
 
-def test_validation_outside_of_fit_saves_nothing(prepare: Callable[..., Any]) -> None:
-    checkpoint = ModelCheckpoint(save_on_train_epoch_end=False, monitor="missing")
-    run = prepare(checkpoint)
-    run.state.fn, run.global_step = TrainerFn.VALIDATING, 4
-    run.call("setup", TrainerFn.VALIDATING)
-    run.call("on_validation_end")
+def test_validation_outside_of_fit_saves_nothing(train: Callable[..., Any]) -> None:
+    run = train(ModelCheckpoint(save_on_train_epoch_end=False, every_n_epochs=2), max_epochs=1)
+    run.trainer.validate(run.model, run.loaders[1], verbose=False)
     assert run.files == []
 
 
 def test_one_state_is_saved_once(train: Callable[..., Any]) -> None:
     checkpoint = ModelCheckpoint(save_top_k=-1, filename="x", save_on_train_epoch_end=False)
-    run = train(checkpoint, batches=4, accumulate=4, val_check_interval=1, check_val_every_n_epoch=None, max_epochs=2)
+    run = train(checkpoint, batches=4, accumulate_grad_batches=4, val_check_interval=1, check_val_every_n_epoch=None, max_epochs=2)
     assert steps(run) == [1, 2]  # validation runs after each of the eight batches
 
 

@@ -94,20 +94,19 @@ def _callback_states(trainer: Trainer) -> dict[str, Any]:
 # ---- restoring ------------------------------------------------------------------------------------------------------
 
 
-def restore_modules(trainer: Trainer, checkpoint: Checkpoint, fitting: bool) -> None:
-    """Give weights, datamodule and, in fit, callbacks what the checkpoint holds for them. Optimizers come later."""
+def restore_modules(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Give weights, datamodule and callbacks what the checkpoint holds for them. Optimizers come later."""
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     strategy.precision.on_load_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    strategy.load_module_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     if datamodule is not None:
         state = checkpoint.get(type(datamodule).__qualname__)
         if state is not None:
             datamodule.load_state_dict(state)
         if hasattr(datamodule, "on_load_checkpoint"):
             datamodule.on_load_checkpoint(checkpoint)
-    module.on_load_checkpoint(checkpoint)
-    strategy.load_module_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-    if fitting:
-        _restore_callbacks(trainer, checkpoint)
+    _restore_callbacks(trainer, checkpoint)
 
 
 def _restore_callbacks(trainer: Trainer, checkpoint: Checkpoint) -> None:

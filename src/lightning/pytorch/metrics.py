@@ -297,6 +297,11 @@ class Metrics:
         """Deliver everything that was sent, waiting for the device."""
         self._deliver(wait=True)
 
+    def close_epoch(self) -> None:
+        """From here on the epoch's values count: hooks of the epoch's end see them."""
+        self.merge_steps()
+        self.epoch_ended = True
+
     def end_epoch(self, step: int) -> None:
         """Reduce, publish and log the epoch's values, and start anew."""
         values = self._merge_epoch()

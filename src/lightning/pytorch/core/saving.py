@@ -65,7 +65,9 @@ def _load_from_checkpoint(
     if is_module and "state_dict" not in checkpoint:
         weights = ", or weights saved alone (load them with `model.load_state_dict(torch.load(path))`)"
         only = checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())
-        raise KeyError(f"{_shown(checkpoint_path)} has no 'state_dict': it is not a checkpoint of a trainer{weights if only else ''}.")
+        raise KeyError(
+            f"There is no 'state_dict' in {_shown(checkpoint_path)}: it is not a checkpoint of a trainer{weights if only else ''}."
+        )
     checkpoint = migrate_checkpoint(checkpoint)
     if hparams_file is not None:
         checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = _load_hparams_file(hparams_file)
@@ -103,7 +105,7 @@ def _restore_module(model: Any, checkpoint: dict[str, Any], strict: bool | None,
 
 
 def _shown(path: Any) -> str:
-    return f"The file {os.fspath(path)!r}" if isinstance(path, (str, os.PathLike)) else "The file"
+    return f"the file {os.fspath(path)!r}" if isinstance(path, (str, os.PathLike)) else "the file"
 
 
 def _where_available(storage: Any, location: str) -> Any:

@@ -87,7 +87,7 @@ class EvaluationLoop:
                     self.run_loader(index, loader)
                 metrics.batch, metrics.dataloader_idx = None, None
                 finishing()
-                metrics.epoch_ended = True
+                metrics.close_epoch()
                 getattr(hooks, f"on_{name}_epoch_end")()
                 results = self.results()
                 fit = trainer.fit_loop

@@ -106,7 +106,7 @@ class FitLoop:
             if self.updates and (trainer.should_stop or p.global_step >= self.last_step) and self.done():
                 break
         p.next = Next.EPOCH
-        metrics.epoch_ended = True
+        metrics.close_epoch()
         hooks.on_train_epoch_end()
         self.schedulers.step_plateau("epoch")
         hooks.on_train_epoch_end_checkpoints()

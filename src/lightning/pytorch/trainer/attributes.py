@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.trainer.states import RunningStage, TrainerState, TrainerStatus
 
@@ -220,26 +219,20 @@ class TrainerAttributes:
 
     @property
     def estimated_stepping_batches(self) -> float:
-        """How many optimizer steps this fit will take, infinity if nothing bounds it. Reading it changes nothing.
-
-        Raises:
-            MisconfigurationException: if a GradientAccumulationScheduler changes the number during the run.
-        """
+        """How many optimizer steps this fit will take, infinity if nothing bounds it. Reading it changes nothing."""
         from lightning.pytorch.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 
-        for callback in self.callbacks:
-            if isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches():
-                raise MisconfigurationException(
-                    "The number of optimizer steps cannot be estimated while a GradientAccumulationScheduler changes "
-                    "accumulate_grad_batches. Set accumulate_grad_batches in the Trainer."
-                )
         steps = float("inf") if self.max_steps == -1 else self.max_steps
         if self.max_epochs in (-1, None):
             return steps
         batches = self._data.train().num_batches
         if batches == float("inf"):
             return steps
-        updates = -(-int(batches) // self.accumulate_grad_batches) * max(self.max_epochs or 0, 1)
+        schedule = next((c for c in self.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+        if schedule is None:
+            updates = -(-int(batches) // self.accumulate_grad_batches) * (self.max_epochs or 0)
+        else:
+            updates = sum(-(-int(batches) // schedule.get_accumulate_grad_batches(epoch)) for epoch in range(self.max_epochs or 0))
         return min(updates, steps)
 
     def _is(self, *stages: RunningStage) -> bool:

@@ -202,10 +202,12 @@ def ready_to_fit(trainer: Trainer) -> bool:
     if validates and config.num_sanity_val_steps > 0 and not loop.restarting:
         sanity_check(trainer)
     loop.restarting = False
-    if config.limit_train_batches == 0 or loop.max_epochs == 0 or loop.max_steps == 0:
-        rank_zero_info("Nothing to train: limit_train_batches, max_epochs or max_steps is 0.")
+    if config.limit_train_batches == 0:
+        rank_zero_info("Nothing to train: limit_train_batches is 0.")
         return False
     loop.set_loader(data.train(), validates)
+    if loop.finished():
+        return False
     if validates:
         data.evaluation("val")
     trainer.validate_loop.limit = float("inf")

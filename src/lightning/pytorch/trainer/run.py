@@ -127,18 +127,15 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         rank_zero_info(f"Restoring states from the checkpoint path at {path}")
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only)
         checkpoint = checks.migrated(checkpoint, path)
-        ckpt.restore_modules(trainer, checkpoint, fitting)
+        ckpt.restore_modules(trainer, checkpoint)
     strategy.model = strategy.setup_module(module)
     trainer._hooks = Hooks(trainer, module, trainer.callbacks, trainer._metrics, trainer._profiler)
     if fitting:
         set_up_optimizers(trainer)
+        trainer.fit_loop.bind()
+        trainer._hooks.on_fit_start()
         if checkpoint is not None:
             ckpt.restore_training(trainer, checkpoint)
-        # Resolved anew: configure_optimizers may have changed the module's hooks, as schedulers change optimizer.step.
-        trainer.fit_loop.bind()
-        trainer._metrics.scope = "on_fit_start"
-        trainer._hooks.on_fit_start()
-        trainer._metrics.scope = None
     if checkpoint is not None:
         ckpt.announce(path)
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.model_summary import ModelSummary
 from lightning.pytorch.callbacks.rich_model_summary import RichModelSummary
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 
 class Net(LightningModule):
@@ -110,3 +111,24 @@ def test_importing_the_summaries_does_not_import_rich() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
+def test_fit_prints_the_summary_once_in_the_precision_of_the_run(caplog: pytest.LogCaptureFixture, precision: str) -> None:
+    model = BoringModel()
+    model.example_input_array = torch.zeros(5, 32)
+    trainer = Trainer(fast_dev_run=True, accelerator="cpu", precision=precision, enable_progress_bar=False, callbacks=ModelSummary())
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        trainer.fit(model)
+    (table,) = [record.message for record in caplog.records if "Total FLOPs" in record.message]
+    assert "0 | layer | Linear | 66     | train | 640   | [5, 32]  | [5, 2]" in table
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_trainer_prints_a_summary_unless_told_not_to(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], enabled: bool
+) -> None:
+    trainer = Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, enable_model_summary=enabled)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        trainer.fit(BoringModel())
+    assert ("Total FLOPs" in caplog.text + capsys.readouterr().out) is enabled

@@ -168,11 +168,12 @@ def names_made_by_hand() -> Any:
         "v={v}",
     ):
         for insertion in (True, False):
-            callback = ModelCheckpoint(dirpath="", filename=pattern, auto_insert_metric_name=insertion)
+            callback = ModelCheckpoint(filename=pattern, auto_insert_metric_name=insertion)
             facts[f"{pattern} {insertion}"] = [
                 callback.format_checkpoint_name(dict(metrics)),
                 callback.format_checkpoint_name(dict(metrics), ver=2),
             ]
+    facts["empty dirpath"] = [ModelCheckpoint(dirpath="", filename="{epoch}").format_checkpoint_name(dict(metrics))]
     callback = ModelCheckpoint(dirpath="d", filename="{epoch}")
     facts["prefix"] = [
         callback.format_checkpoint_name(dict(metrics), prefix="test"),

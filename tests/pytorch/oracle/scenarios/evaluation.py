@@ -204,3 +204,30 @@ def inference_mode_and_gradients() -> Any:
         model.key = f"fit {mode}"
         trainer(inference_mode=mode, max_epochs=1).fit(model, loader(1), loader(1))
     return seen
+
+
+@scenario
+def gradients_where_nothing_is_computed() -> Any:
+    """Whether gradients are on while loaders are asked for and modes are set."""
+    import torch
+
+    seen: dict[str, Any] = {}
+
+    def noting(name: str) -> Any:
+        def hook(self: Any) -> Any:
+            stage = plain(self.trainer.state.stage)
+            seen[f"{stage} {name}"] = torch.is_grad_enabled()
+            return loader(1) if "loader" in name else getattr(Plain, name)(self)
+
+        return hook
+
+    names = [f"{task}_dataloader" for task in ("train", "val", "test", "predict")]
+    names += [
+        f"on_{name}" for name in ("validation_model_eval", "validation_model_train", "validation_model_zero_grad", "predict_model_eval")
+    ]
+    names += ["on_test_model_eval", "on_test_model_train"]
+    model = type("Model", (Plain,), {name: noting(name) for name in names})()
+    trainer(max_epochs=1).fit(model)
+    for task in ("validate", "test", "predict"):
+        getattr(trainer(), task)(model)
+    return seen

@@ -171,9 +171,12 @@ def fit_limits_of_zero() -> Any:
 
 @scenario
 def fit_empty_loaders() -> Any:
-    empty_train = Run("cb").do(train_dataloaders=[], val_dataloaders=loader(1, 100))
-    empty_val = Run("cb").do(train_dataloaders=loader(1), val_dataloaders=loader(0))
-    return {"train": empty_train.facts(), "val": empty_val.facts()}
+    facts = {}
+    for name, train, val in (("list", [], loader(1, 100)), ("train", loader(0), loader(1, 100)), ("val", loader(1), loader(0))):
+        run = Run("cb")
+        raised = attempt(lambda run=run, train=train, val=val: run.do(train_dataloaders=train, val_dataloaders=val))
+        facts[name] = {"raised": raised, **run.facts()}
+    return facts
 
 
 @scenario
@@ -253,7 +256,7 @@ def exceptions_on_the_way() -> Any:
                 "raised": raised,
                 "end": run.trace.lines[-12:],
                 "interrupted": run.trainer.interrupted,
-                "state": str(run.trainer.state.status.value),
+                "state": plain(run.trainer.state.status),
             }
     return facts
 
@@ -288,7 +291,7 @@ def frozen_children_keep_their_modes() -> Any:
             self.frozen.eval()
 
     def note(trainer: Trainer, module: Any) -> None:
-        modes.append([trainer.state.stage.value, module.training, module.frozen.training, module.live.training])
+        modes.append([plain(trainer.state.stage), module.training, module.frozen.training, module.live.training])
 
     hooks = ("on_fit_start", "on_validation_start", "on_validation_end", "on_train_epoch_start", "on_train_epoch_end", "on_fit_end")
     run = Run("", model=Model, callbacks=[At(hook, note) for hook in hooks], num_sanity_val_steps=1)

@@ -230,12 +230,12 @@ def forms_of_configure_optimizers() -> Any:
             rates.extend(plain(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
         run = trainer(max_epochs=3, callbacks=[At("on_train_batch_end", note), At("on_train_epoch_end", note)])
-        run.fit(model, loader(3))
+        raised = attempt(lambda run=run, model=model: run.fit(model, loader(3)))
         configs = [
             [type(c.scheduler).__name__, c.name, c.interval, c.frequency, c.reduce_on_plateau, c.monitor, c.strict]
             for c in run.lr_scheduler_configs
         ]
-        facts[name] = {"rates": rates, "configs": configs}
+        facts[name] = {"raised": raised, "rates": rates, "configs": configs}
     return facts
 
 

@@ -45,7 +45,7 @@ def counters_on_the_way() -> Any:
         seen: list[Any] = []
 
         def note(run: Any, _: Any, seen: list[Any] = seen) -> None:
-            seen.append([run.state.stage.value, run.training, run.validating, run.sanity_checking, *_counters(run)])
+            seen.append([plain(run.state.stage), run.training, run.validating, run.sanity_checking, *_counters(run)])
 
         hooks = (
             "on_fit_start on_train_start on_train_epoch_start on_train_batch_start on_train_batch_end on_validation_start "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ _HEAVY = {"backward", "on_validation_model_train", "on_test_model_train", "state
 LIGHT_MODULE_HOOKS = {name: arguments for name, arguments in MODULE_HOOKS.items() if name not in _HEAVY}
 
 
+# Nothing is computed in these: gradients_where_nothing_is_computed has their facts.
+_NO_GRADIENTS_TO_TELL = ("_dataloader", "_model_eval", "_model_train", "_model_zero_grad")
+
+
 class Trace:
     """The lines, and the trainer and module whose state they show."""
 
@@ -96,9 +101,10 @@ class Trace:
 
     def note(self, owner: str, hook: str, arguments: Mapping[str, Any]) -> None:
         facts = [self._tell(name, value) for name, value in arguments.items()]
-        state = ("G" if torch.is_grad_enabled() else "-") + ("T" if self.module is not None and self.module.training else "-")
+        mode = "T" if self.module is not None and self.module.training else "-"
+        state = "" if hook.endswith(_NO_GRADIENTS_TO_TELL) else ("G" if torch.is_grad_enabled() else "-") + mode
         where = "" if self.trainer is None else f"e{self.trainer.current_epoch} s{self.trainer.global_step} "
-        self.lines.append(f"{where}{state} {owner}.{hook}({', '.join(fact for fact in facts if fact)})")
+        self.lines.append(f"{where}{state:2} {owner}.{hook}({', '.join(fact for fact in facts if fact)})")
 
     def _tell(self, name: str, value: Any) -> str:
         told = {"batch_idx": "b", "dataloader_idx": "d", "epoch": "epoch"}
@@ -120,7 +126,7 @@ class Trace:
             return f"epoch={value['epoch']}, step={value['global_step']}"
         if name in ("state_dict", "exception"):
             return type(value).__name__
-        return f"{name}={plain(value) if name == 'stage' else value}"
+        return f"{name}={plain(value) if isinstance(value, Enum) else value}"
 
     def _place(self, optimizer: Any) -> int:
         assert self.trainer is not None

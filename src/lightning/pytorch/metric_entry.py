@@ -141,7 +141,7 @@ class Entry:
     """
 
     __slots__ = (
-        "add", "dataloader_idx", "dtype", "given", "host_total", "name", "on_epoch", "on_step", "options", "scope", "serial", "source",
+        "add", "dataloader_idx", "dtype", "given", "host_total", "merged", "name", "on_epoch", "on_step", "options", "scope", "serial", "source",
         "total", "value", "weight", "weighted",
     )  # fmt: skip
 
@@ -153,6 +153,7 @@ class Entry:
         self.source: Any = None  # the Metric, if that is what is logged
         self.dtype: torch.dtype | None = None
         self.serial = -1  # the batch that logged last
+        self.merged = True  # whether the step value has reached the dictionaries of the trainer
         self.reset()
 
     def reset(self) -> None:

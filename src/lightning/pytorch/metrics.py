@@ -105,6 +105,7 @@ class Metrics:
             weight = batch_size if batch_size is not None else (self.batch_size or self._infer_batch_size())
         entry.add(value, weight)
         entry.serial = self.serial
+        entry.merged = False
 
     def _infer_batch_size(self) -> int:
         from lightning.pytorch.utilities.data import extract_batch_size
@@ -167,8 +168,9 @@ class Metrics:
     def merge_steps(self) -> None:
         """Bring the step values of the running loop, and its epoch values at its end, into the dictionaries. Reads no device."""
         for entry in (self.entries or {}).values():
-            if entry.value is None or entry.scope not in BATCH_DEFAULTS or self.epoch_ended:
+            if entry.merged or entry.value is None or entry.scope not in BATCH_DEFAULTS or self.epoch_ended:
                 continue
+            entry.merged = True
             forked = entry.forked(True)
             if entry.options.prog_bar:
                 self._bar[forked] = entry.value

@@ -369,7 +369,9 @@ class ModelCheckpoint(Checkpoint):
         """Save if it is the n-th epoch; ``last`` goes with the file, or alone where files are not asked for."""
         schedule = self._schedule
         last_alone = bool(self.save_last) and not schedule.within_epochs and (self.save_top_k == 0 or schedule.epochs == 0)
-        if trainer.global_step == self._last_global_step_saved or not (last_alone or schedule.epoch_due(trainer)):
+        # A resumed run's first state is that of the checkpoint it began with; only a new metric is a reason to save it again.
+        known = trainer.global_step in (self._last_global_step_saved, self._first_step if self.monitor is None else None)
+        if known or not (last_alone or schedule.epoch_due(trainer)):
             return
         metrics = self._metrics(trainer)
         if last_alone:
@@ -441,7 +443,7 @@ class ModelCheckpoint(Checkpoint):
         full = self.save_top_k != -1 and len(self.best_k_models) >= self.save_top_k
         path = self._free_path(trainer, metrics, own=self.kth_best_model_path if full else "")
         dropped = self.kth_best_model_path if full and path not in self.best_k_models else ""
-        kept = {kept: its_score for kept, its_score in self.best_k_models.items() if kept != dropped}
+        kept = {kept: its_score for kept, its_score in self.best_k_models.items() if kept not in (dropped, path)}
         with self._unchanged_on_error():
             self.current_score = score
             self._rank({**kept, path: score})

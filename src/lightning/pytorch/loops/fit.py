@@ -7,7 +7,7 @@ before the first one (``loops/bind.py``), so that a hook which nobody overrides 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.core.module import LightningModule
-from lightning.pytorch.dispatch import override_of, scoped
+from lightning.pytorch.dispatch import override_of, scoped, spanned
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import counted, looked_ahead
 from lightning.pytorch.loops.progress import FitProgress, Next
 from lightning.pytorch.loops.schedulers import Schedulers
 from lightning.pytorch.metric_entry import Entry
+from lightning.pytorch.trainer.states import RunningStage
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
@@ -197,7 +198,7 @@ class FitLoop:
 
     def user_optimizer_step(self, optimizer: Any, closure: Any, **kwargs: Any) -> Any:
         """What ``optimizer.step(closure)`` runs where the user calls it: in ``optimizer_step``, or in a manual ``training_step``."""
-        automatic = self.step == self.automatic_step
+        automatic = self.trainer.lightning_module.automatic_optimization
 
         def with_hook() -> Any:
             result = closure()
@@ -232,7 +233,8 @@ class FitLoop:
         """Run through the validation data in the middle of, or after, the epoch's batches."""
         self.trainer._data.reload_val_if_due(self.progress.epoch)
         if self.updates:  # in the middle of an accumulation window the gradients are still needed
-            self.free_gradients()
+            with self.trainer._in_stage(RunningStage.VALIDATING):
+                self.free_gradients()
         self.trainer.validate_loop.run(finishing=self.after_validation)
         self.schedulers.step_plateau("step")
         self.validated_at = time.monotonic()
@@ -269,7 +271,7 @@ class FitLoop:
     def may_stop(self) -> bool:
         """Whether the minimum of epochs and steps is reached."""
         p = self.progress
-        epochs = p.epoch + (1 if p.next is Next.EPOCH_END or self.is_last else 0)
+        epochs = p.epoch + (1 if self.is_last and p.batch_idx > 0 else 0)
         return epochs >= (self.min_epochs or 0) and p.global_step >= (self.min_steps or 0)
 
     # ---- before the first step --------------------------------------------------------------------------------------------
@@ -288,7 +290,9 @@ class FitLoop:
         self.backward = bind.backward(trainer)
         self.schedulers = Schedulers(trainer, self)
         automatic = module.automatic_optimization
-        self.step = self.automatic_step if automatic else self.manual_step
+        self.step: Callable[[Any], None] = self.automatic_step if automatic else self.manual_step
+        if trainer._profiler is not None:
+            self.step = spanned(self.step, trainer._profiler, "run_training_batch")
         self.detach = bind.detach_outputs if automatic else bind.detach_manual_outputs
         self.unscale = bind.unscale(trainer)
         self.free_gradients = scoped(module.on_validation_model_zero_grad, "on_validation_model_zero_grad", self.metrics)

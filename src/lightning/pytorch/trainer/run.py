@@ -15,7 +15,6 @@ from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
-from lightning.pytorch.loggers.utilities import log_hyperparams
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
@@ -120,8 +119,6 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         module.configure_model()
         if override_of(module, "configure_sharded_model", LightningModule) is not None:
             module.configure_sharded_model()
-    if trainer.enable_autolog_hparams:
-        log_hyperparams(trainer)
     checkpoint = None
     if path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {path}")
@@ -129,6 +126,10 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         checkpoint = checks.migrated(checkpoint, path)
         ckpt.restore_modules(trainer, checkpoint)
     strategy.model = strategy.setup_module(module)
+    if trainer.enable_autolog_hparams and trainer.loggers:
+        from lightning.pytorch.loggers.utilities import log_hyperparams
+
+        log_hyperparams(trainer)  # with the model's graph, in the precision that it now has
     trainer._hooks = Hooks(trainer, module, trainer.callbacks, trainer._metrics, trainer._profiler)
     if fitting:
         set_up_optimizers(trainer)

@@ -115,6 +115,13 @@ def test_run_that_has_nothing_left_to_do_saves_nothing(train: Callable[..., Any]
     assert names(run) == before
 
 
+def test_state_that_a_run_resumed_from_is_not_saved_again(train: Callable[..., Any]) -> None:
+    train(ModelCheckpoint(dirpath="d", every_n_train_steps=4, save_on_train_epoch_end=False), validate=False, max_epochs=1)
+    with pytest.warns(UserWarning, match="callbacks that this trainer does not have"):
+        run = train(ModelCheckpoint(dirpath="d"), validate=False, max_epochs=2, ckpt_path="d/epoch=0-step=4.ckpt")
+    assert run.saves == [(8, "epoch=1-step=8.ckpt")]
+
+
 @pytest.mark.parametrize("failing", ["configure_optimizers", "training_step"])
 def test_run_that_fails_before_it_trains_saves_nothing(train: Callable[..., Any], prepare: Callable[..., Any], failing: str) -> None:
     train(resumable(Path("d")), max_epochs=1)

@@ -114,6 +114,7 @@ def test_epoch_and_step_can_be_monitored(train: Callable[..., Any], monitor: str
         ({"save_top_k": 1}, [3, 2, 1], {"x": 12}),
         ({"save_top_k": 2}, [3, 2, 1], {"x-v1": 8, "x": 12}),
         ({"save_top_k": 3}, [5, 4, 3, 2, 1], {"x-v1": 20, "x-v2": 12, "x": 16}),
+        ({"save_top_k": 2}, [3, 2, 2, 1], {"x-v1": 16, "x": 12}),
         ({"save_top_k": 2, "enable_version_counter": False}, [3, 2, 1], {"x": 12}),
     ],
 )

@@ -188,7 +188,7 @@ def test_frame_of_init_can_be_given() -> None:
 
 def test_init_without_super_call_or_usual_names_is_found() -> None:
     class Model(LightningModule):
-        def __init__(this, a: int, /, b: int, *, c: int) -> None:  # noqa: N805
+        def __init__(this, a: int, /, b: int, *, c: int) -> None:
             LightningModule.__init__(this)
             this.save_hyperparameters()
             del b

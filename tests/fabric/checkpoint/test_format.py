@@ -313,3 +313,18 @@ def test_find_placeholders_names_the_path() -> None:
     loaded = through_file({"hp": {"net": [math.sqrt]}, "ok": 1})
     assert [path for path, _ in find_placeholders(loaded)] == ["hp.net[0]"]
     assert [path for path, _ in find_placeholders(loaded["hp"], "hyper_parameters")] == ["hyper_parameters.net[0]"]
+
+
+def test_bottomless_structure_is_refused() -> None:
+    deep: Any = pathlib.Path("x")
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        encode(deep)
+    assert find_unstorable(deep, "hparams")[0][0] == "hparams"
+
+
+def test_long_list_of_numbers_is_left_alone_unless_one_is_too_large() -> None:
+    numbers = list(range(100_000))
+    assert encode(numbers) is numbers
+    assert through_file([*numbers, -(2**3000)])[-1] == -(2**3000)

@@ -5,7 +5,8 @@ A file names such a class by module and qualified name. The rules that keep a ho
 - a class counts only if its module is imported already; nothing is imported because a file says so;
 - what the name leads to must be a class of the kind that the file claims;
 - objects are made without running any method of the class: no ``__init__``, ``__post_init__``, ``__new__``,
-  ``__setstate__``, ``_missing_``, property or ``__setattr__``, and none of a class that has a ``__del__``.
+  ``__setstate__``, ``_missing_``, property or ``__setattr__``, and none of a class that has a ``__del__``. What remains is
+  ``__hash__`` and ``__eq__`` of an object that is the key of a dict or an element of a set.
 """
 
 from __future__ import annotations

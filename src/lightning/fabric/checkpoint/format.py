@@ -58,8 +58,9 @@ TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 CLASS_KINDS = ("dataclass", "enum", "namedtuple")
 EXCERPT = 200
+TOO_DEEP = "The data is nested too deeply for a checkpoint."
 
-# Where in the structure: (the parent's place, the step from there), or None at the top. Spelled out only for messages.
+# Where in the structure: (the parent's place, the key or index there), or None at the top. Spelled out only for messages.
 Place = Any
 
 
@@ -67,17 +68,20 @@ def spell(place: Place, prefix: str = "") -> str:
     """``hyper_parameters.layers[0]``, as a user would write it."""
     steps: list[str] = []
     while place is not None:
-        place, step = place
-        steps.append(step)
+        place, key = place
+        steps.append(f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]")
     return (prefix + "".join(reversed(steps))).lstrip(".") or "the value itself"
 
 
-def step_of(key: Any) -> str:
-    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+def only_small_numbers(obj: Any) -> bool:
+    """Whether a list holds integers only, all of which torch's safe reader takes: indices of a sampler, a million of them."""
+    return set(map(type, obj)) == {int} and max(obj).bit_length() < MAX_INT_BITS > min(obj).bit_length()
 
 
 class Walker:
     """Rebuilds the containers around values that change; whatever holds no such value stays the same object."""
+
+    leaves = LEAVES
 
     def __init__(self) -> None:
         # id -> (the object, kept alive so that the id stays its own; the result). Shared objects stay shared.
@@ -111,7 +115,9 @@ class Walker:
 
     def sequence(self, obj: Any, place: Place) -> Any:
         """A list or tuple."""
-        parts = [part if type(part) in LEAVES else self.value(part, (place, f"[{i}]")) for i, part in enumerate(obj)]
+        if set(map(type, obj)) <= self.leaves:
+            return obj
+        parts = [part if type(part) in self.leaves else self.value(part, (place, i)) for i, part in enumerate(obj)]
         if all(new is old for new, old in zip(parts, obj)):
             return obj
         return parts if type(obj) is list else tuple(parts)
@@ -120,7 +126,7 @@ class Walker:
         """The values of a dict, OrderedDict or Counter, and what an OrderedDict carries as attributes (a state_dict's versions)."""
         changes = {}
         for key, part in obj.items():
-            if type(part) not in LEAVES and (new := self.value(part, (place, step_of(key)))) is not part:
+            if type(part) not in self.leaves and (new := self.value(part, (place, key))) is not part:
                 changes[key] = new
         attributes = vars(obj) if type(obj) is not dict else None
         new_attributes = self.mapping(attributes, place) if attributes else attributes
@@ -150,7 +156,7 @@ class Encoder(Walker):
     def convert(self, obj: Any, place: Place) -> Any:
         cls = type(obj)
         if cls in (list, tuple):
-            return self.sequence(obj, place)
+            return obj if only_small_numbers(obj) else self.sequence(obj, place)
         if cls in (dict, OrderedDict, Counter):
             return self.keyed(obj, place)
         if cls is set:
@@ -177,14 +183,14 @@ class Encoder(Walker):
         return self.pickled(obj, place)
 
     def keyed(self, obj: Any, place: Place) -> Any:
-        keys = [key if type(key) in LEAVES else self.value(key, (place, step_of(key))) for key in obj]
+        keys = [key if type(key) in LEAVES else self.value(key, (place, key)) for key in obj]
         values = self.mapping(obj, place)
         if any(new is not old for new, old in zip(keys, obj)):
             return {TAG: "items", "type": type(obj).__name__, "value": [list(item) for item in zip(keys, values.values())]}
         return {TAG: "dict", "value": values} if type(obj) is dict and TAG in obj else values
 
     def elements(self, obj: set[Any], place: Place) -> Any:
-        parts = [part if type(part) in LEAVES else self.value(part, (place, f"[{part!r}]")) for part in obj]
+        parts = [part if type(part) in LEAVES else self.value(part, (place, part)) for part in obj]
         return obj if all(new is old for new, old in zip(parts, obj)) else {TAG: "set", "value": parts}
 
     def tagged(self, kind: Kind, obj: Any, place: Place) -> Any:
@@ -224,6 +230,8 @@ class Encoder(Walker):
 
 class Decoder(Walker):
     """Turns tagged plain data back into values."""
+
+    leaves = LEAVES | TENSORS | {int, bytes, set}
 
     def __init__(self, trusted: bool, map_location: Any) -> None:
         super().__init__()
@@ -295,7 +303,10 @@ def encode(obj: Any) -> Any:
         >>> encode({"lr": 0.1, "data": PurePosixPath("x/y")})
         {'lr': 0.1, 'data': {'__keraunos__': 'path', 'flavour': 'PurePosixPath', 'value': 'x/y'}}
     """
-    return Encoder().value(obj, None)
+    try:
+        return Encoder().value(obj, None)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def decode(obj: Any, trusted: bool = False, map_location: Any = None) -> Any:
@@ -318,7 +329,7 @@ def decode(obj: Any, trusted: bool = False, map_location: Any = None) -> Any:
     try:
         result = decoder.value(obj, None)
     except RecursionError:
-        raise ValueError("The data is nested too deeply to be a checkpoint.") from None
+        raise ValueError(TOO_DEEP) from None
     if decoder.unresolved:
         listed = "; ".join(sorted({f"{value.type_name}: {value.reason}" for value in decoder.unresolved}))
         rank_zero_warn(f"Some values of the checkpoint could not be rebuilt, and only their data is there ({listed}).")
@@ -338,7 +349,10 @@ def find_unstorable(obj: Any, path: str = "") -> list[tuple[str, type, str]]:
         [('hyper_parameters.act', 'function')]
     """
     problems: list[tuple[str, type, str]] = []
-    Encoder(problems, path).value(obj, None)
+    try:
+        Encoder(problems, path).value(obj, None)
+    except RecursionError:
+        problems.append((path or spell(None), type(obj), TOO_DEEP))
     return problems
 
 
@@ -358,9 +372,8 @@ def find_placeholders(obj: Any, path: str = "") -> list[tuple[str, Opaque | Unre
             found.append((spell(place, path), value))
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
-            parts = ((step_of(k), v) for k, v in value.items()) if isinstance(value, dict) else ((f"[{i}]", v) for i, v in enumerate(value))
-            for step, part in parts:
-                look(part, (place, step))
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                look(part, (place, key))
 
     look(obj, None)
     return found

@@ -1,0 +1,4 @@
+"""The documented import path of the checkpoint plugins, which fabric owns."""
+
+from lightning.fabric.plugins.io import *  # noqa: F403
+from lightning.fabric.plugins.io import __all__ as __all__

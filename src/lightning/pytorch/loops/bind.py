@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,14 @@ def training_step(trainer: Trainer) -> Callable[[Any, int], Any]:
     if trainer._profiler is not None:
         return spanned(step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.training_step")
     return step
+
+
+def forward_context(trainer: Trainer, stage: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The context of a step: that of the stage where a precision of the user's own has one, else that of any forward pass."""
+    precision, name = trainer.strategy.precision, f"{stage}_step_context"
+    if getattr(type(precision), name) is getattr(Precision, name):
+        return precision.forward_context
+    return getattr(precision, name)  # type: ignore[no-any-return]
 
 
 def backward(trainer: Trainer) -> Callable[..., None]:

@@ -163,10 +163,7 @@ class EvaluationLoop:
                 check_takes_loader(override, f"on_{name}_batch_{hook}", several, 3 if hook == "start" else 4)
         self.start = getattr(hooks, f"on_{name}_batch_start")
         self.end = getattr(hooks, f"on_{name}_batch_end")
-        precision = trainer.strategy.precision
-        self.forward_context: Callable[[], AbstractContextManager[Any]] = (
-            precision.test_step_context if name == "test" else precision.val_step_context
-        )
+        self.forward_context = bind.forward_context(trainer, "test" if name == "test" else "val")
 
     def results(self) -> Results:
         """The epoch's metrics as numbers, one dict for each loader; what was logged for none in particular stands in all."""

@@ -81,7 +81,7 @@ class FitLoop:
         if p.next is Next.BATCH and p.batch_idx == 0:
             self.log_step = p.stepped
             hooks.on_train_epoch_start()
-        self.accumulate = trainer.accumulate_grad_batches
+        self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
             self.validate()
         for batch, self.is_last in self.batches():  # from p.batch_idx, already on the device
@@ -104,7 +104,7 @@ class FitLoop:
                 metrics.flush(p.stepped, self.log_step)  # the only device-to-host read
             if p.next is Next.VALIDATE:
                 self.validate()
-            if self.updates and (trainer.should_stop or p.global_step >= self.last_step) and self.done():
+            if self.updates and (trainer.should_stop or p.global_step >= last_step) and self.done():
                 break
         p.next = Next.EPOCH
         metrics.close_epoch()
@@ -285,7 +285,7 @@ class FitLoop:
         self.accumulate = trainer.accumulate_grad_batches
         self.prepare = bind.transfer(trainer)
         self.training_step = bind.training_step(trainer)
-        self.forward_context = strategy.precision.train_step_context
+        self.forward_context = bind.forward_context(trainer, "train")
         self.no_backward_sync = strategy.no_backward_sync
         self.backward = bind.backward(trainer)
         self.schedulers = Schedulers(trainer, self)

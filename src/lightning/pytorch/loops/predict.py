@@ -92,7 +92,7 @@ class PredictionLoop:
         if trainer._profiler is not None:
             step = spanned(step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.predict_step")
         prepare = bind.transfer(trainer, index)
-        forward_context = trainer.strategy.precision.predict_step_context
+        forward_context = bind.forward_context(trainer, "predict")
         batches = recorded(loader, self) if self.wants_indices else loader
         for batch_idx, raw in enumerate(islice(batches, int_or_none(self.num_batches[index]))):
             batch = prepare(raw)

@@ -217,7 +217,6 @@ class Trainer(TrainerAttributes):
         self.fit_loop.bound()
         with running(self, TrainerFn.FITTING, module, datamodule, ckpt_path, weights_only, model_given=True):
             if parts.ready_to_fit(self):
-                self._metrics.settle_bar()
                 self.fit_loop.run()
 
     def validate(

@@ -75,7 +75,9 @@ def resolve(
     precision_plugin, checkpoint_io = _sort_plugins(plugins)
     chosen = _accelerator_of(accelerator, strategy)
     if isinstance(strategy, str) and strategy not in STRATEGY_NAMES:
-        raise ValueError(f"strategy={strategy!r} is not known. Accepted: {', '.join(map(repr, STRATEGY_NAMES))}, or an instance of Strategy.")
+        raise ValueError(
+            f"strategy={strategy!r} is not known. Accepted: {', '.join(map(repr, STRATEGY_NAMES))}, or an instance of Strategy."
+        )
     if not isinstance(strategy, (str, Strategy)):
         raise TypeError(f"strategy={strategy!r} is a {type(strategy).__name__}; accepted are a name or an instance of Strategy.")
     parallel = _devices_of(chosen, devices, strategy)

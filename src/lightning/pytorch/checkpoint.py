@@ -9,7 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.core.datamodule import LightningDataModule
-from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.dispatch import override_of
 from lightning.pytorch.loops.progress import Next
 

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lightning.fabric.utilities.data import (
-    has_iterable_dataset, is_shuffled, replace_sampler, seed_workers, set_sampler_epoch, sized_len,
+    has_iterable_dataset,
+    is_shuffled,
+    replace_sampler,
+    seed_workers,
+    set_sampler_epoch,
+    sized_len,
 )  # fmt: skip
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn

@@ -72,7 +72,9 @@ def check_value(name: str, value: Any) -> None:
         ValueError: for nested dicts, and anything but numbers, one-element tensors and metrics.
     """
     if isinstance(value, dict):
-        raise ValueError(f"`self.log({name!r}, {value})`: nested dictionaries cannot be logged; log each of its items under a name of its own.")
+        raise ValueError(
+            f"`self.log({name!r}, {value})`: nested dictionaries cannot be logged; log each of its items under a name of its own."
+        )
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -105,13 +107,17 @@ def resolve_options(name: str, scope: str | None, given: tuple[Any, ...]) -> Opt
     on_step = default_step if on_step is None else on_step
     on_epoch = default_epoch if on_epoch is None else on_epoch
     if scope in EPOCH_ONLY and on_step:
-        raise MisconfigurationException(f"`self.log({name!r}, on_step=True)` is not possible inside `{scope}`, which is no step: leave it out.")
+        raise MisconfigurationException(
+            f"`self.log({name!r}, on_step=True)` is not possible inside `{scope}`, which is no step: leave it out."
+        )
     if scope in EPOCH_ONLY and not on_epoch:
         raise MisconfigurationException(f"`self.log({name!r}, on_epoch=False)` inside `{scope}` would log nothing: leave it out.")
     if not on_step and not on_epoch:
         raise MisconfigurationException(f"`self.log({name!r}, on_step=False, on_epoch=False)` would log nothing: set one of them to True.")
     if DATALOADER_SUFFIX in name:
-        raise MisconfigurationException(f"`self.log({name!r}, ...)`: the part '{DATALOADER_SUFFIX}' of the name is added by the trainer; leave it out.")
+        raise MisconfigurationException(
+            f"`self.log({name!r}, ...)`: the part '{DATALOADER_SUFFIX}' of the name is added by the trainer; leave it out."
+        )
     reduction = REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx) if _hashable(reduce_fx) else None
     if reduction is None:
         raise MisconfigurationException(

@@ -54,7 +54,9 @@ class HostCopy:
 
     def read(self) -> dict[str, float]:
         """The values as floats, in the order of the names; waits if it must."""
-        result = {name: value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value) for name, value in self.values.items()}
+        result = {
+            name: value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value) for name, value in self.values.items()
+        }
         for names, host, event in self.copies:
             if event is not None:
                 event.synchronize()
@@ -148,7 +150,14 @@ class Metrics:
         outer = (self.entries, self.scope, self.batch, self.batch_size, self.dataloader_idx, self.epoch_ended)
         if self.entries is not None:
             self.merge_steps()
-        self.entries, self.scope, self.batch, self.batch_size, self.dataloader_idx, self.epoch_ended = entries, None, None, None, None, False
+        self.entries, self.scope, self.batch, self.batch_size, self.dataloader_idx, self.epoch_ended = (
+            entries,
+            None,
+            None,
+            None,
+            None,
+            False,
+        )
         try:
             yield
         finally:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Optional, Union
+from typing import IO, TYPE_CHECKING, Any, Union
 
 from typing_extensions import Self
 
+from lightning.pytorch.core.class_only import class_only
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
-from lightning.pytorch.core.class_only import class_only
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -34,7 +34,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
                 return DataLoader(self.val, batch_size=64)
     """
 
-    name: Optional[str] = None
+    name: str | None = None
     CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "datamodule_hparams_type"
@@ -47,10 +47,10 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     @classmethod
     def from_datasets(
         cls,
-        train_dataset: Optional[Union[Dataset[Any], Iterable[Dataset[Any]]]] = None,
-        val_dataset: Optional[Union[Dataset[Any], Iterable[Dataset[Any]]]] = None,
-        test_dataset: Optional[Union[Dataset[Any], Iterable[Dataset[Any]]]] = None,
-        predict_dataset: Optional[Union[Dataset[Any], Iterable[Dataset[Any]]]] = None,
+        train_dataset: Union[Dataset[Any], Iterable[Dataset[Any]]] | None = None,
+        val_dataset: Union[Dataset[Any], Iterable[Dataset[Any]]] | None = None,
+        test_dataset: Union[Dataset[Any], Iterable[Dataset[Any]]] | None = None,
+        predict_dataset: Union[Dataset[Any], Iterable[Dataset[Any]]] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
         **datamodule_kwargs: Any,
@@ -105,8 +105,8 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         cls,
         checkpoint_path: Union[str, Path, IO[bytes]],
         map_location: Any = None,
-        hparams_file: Optional[Union[str, Path]] = None,
-        weights_only: Optional[bool] = None,
+        hparams_file: Union[str, Path] | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """Build the datamodule from the hyperparameters in a checkpoint.

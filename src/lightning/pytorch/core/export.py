@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import contextmanager
 from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 
@@ -45,9 +45,9 @@ def _example(module: LightningModule, given: Any, method: str, argument: str) ->
 
 def to_torchscript(
     self: LightningModule,
-    file_path: Optional[Union[str, Path]] = None,
-    method: Optional[str] = "script",
-    example_inputs: Optional[Any] = None,
+    file_path: Union[str, Path] | None = None,
+    method: str | None = "script",
+    example_inputs: Any | None = None,
     **kwargs: Any,
 ) -> Any:
     """Compile the module to TorchScript, in evaluation mode.
@@ -82,7 +82,7 @@ def to_torchscript(
 
 
 def to_onnx(
-    self: LightningModule, file_path: Optional[Union[str, Path, Any]] = None, input_sample: Optional[Any] = None, **kwargs: Any
+    self: LightningModule, file_path: Union[str, Path, Any] | None = None, input_sample: Any | None = None, **kwargs: Any
 ) -> Any:
     """Export the module to ONNX, in evaluation mode.
 
@@ -113,8 +113,8 @@ def to_onnx(
 
 def to_tensorrt(
     self: LightningModule,
-    file_path: Optional[Union[str, Path]] = None,
-    input_sample: Optional[Any] = None,
+    file_path: Union[str, Path] | None = None,
+    input_sample: Any | None = None,
     ir: Literal["default", "dynamo", "ts"] = "default",
     output_format: Literal["exported_program", "torchscript"] = "exported_program",
     retrace: bool = False,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Optional, Union
+from typing import IO, TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.device_dtype_mixin import DeviceDtypeMixin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.core.class_only import class_only
 from lightning.pytorch.core.export import to_onnx, to_tensorrt, to_torchscript
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
-from lightning.pytorch.core.class_only import class_only
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -204,16 +204,16 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         name: str,
         value: Any,
         prog_bar: bool = False,
-        logger: Optional[bool] = None,
-        on_step: Optional[bool] = None,
-        on_epoch: Optional[bool] = None,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
         reduce_fx: Union[str, Callable[..., Any]] = "mean",
         enable_graph: bool = False,
         sync_dist: bool = False,
-        sync_dist_group: Optional[Any] = None,
+        sync_dist_group: Any | None = None,
         add_dataloader_idx: bool = True,
-        batch_size: Optional[int] = None,
-        metric_attribute: Optional[str] = None,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
         """Log a number, a one-element tensor, or a torchmetrics Metric, from any hook that runs inside a loop.
@@ -265,15 +265,15 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         self,
         dictionary: Mapping[str, Any],
         prog_bar: bool = False,
-        logger: Optional[bool] = None,
-        on_step: Optional[bool] = None,
-        on_epoch: Optional[bool] = None,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
         reduce_fx: Union[str, Callable[..., Any]] = "mean",
         enable_graph: bool = False,
         sync_dist: bool = False,
-        sync_dist_group: Optional[Any] = None,
+        sync_dist_group: Any | None = None,
         add_dataloader_idx: bool = True,
-        batch_size: Optional[int] = None,
+        batch_size: int | None = None,
         rank_zero_only: bool = False,
     ) -> None:
         """Log each item of a dictionary, or of a torchmetrics MetricCollection; the arguments are those of :meth:`log`."""
@@ -337,7 +337,7 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         found: list[Any] = self.trainer.strategy._lightning_optimizers if use_pl_optimizer else self.trainer.strategy.optimizers
         return found[0] if len(found) == 1 else list(found)
 
-    def lr_schedulers(self) -> None | list[LRSchedulerPLType] | LRSchedulerPLType:
+    def lr_schedulers(self) -> list[LRSchedulerPLType] | LRSchedulerPLType | None:
         """The learning rate schedulers, for manual optimization: None, one, or a list if there are several."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if not schedulers:
@@ -392,8 +392,8 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
     def clip_gradients(
         self,
         optimizer: Optimizer,
-        gradient_clip_val: Optional[Union[int, float]] = None,
-        gradient_clip_algorithm: Optional[str] = None,
+        gradient_clip_val: Union[int, float] | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients of ``optimizer``; in manual optimization call it before its step.
 
@@ -424,13 +424,13 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
-        gradient_clip_val: Optional[Union[int, float]] = None,
-        gradient_clip_algorithm: Optional[str] = None,
+        gradient_clip_val: Union[int, float] | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip before each automatic optimizer step. Override it, and call :meth:`clip_gradients` where you want it."""
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
-    def lr_scheduler_step(self, scheduler: LRSchedulerPLType, metric: Optional[Any]) -> None:
+    def lr_scheduler_step(self, scheduler: LRSchedulerPLType, metric: Any | None) -> None:
         """Step a scheduler. Override it for schedulers with another signature.
 
         Args:
@@ -447,7 +447,7 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         epoch: int,
         batch_idx: int,
         optimizer: Union[Optimizer, LightningOptimizer],
-        optimizer_closure: Optional[Callable[[], Any]] = None,
+        optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step the optimizer; ``optimizer_closure`` runs training_step, zero_grad and backward and must be called by it."""
         optimizer.step(closure=optimizer_closure)
@@ -477,7 +477,7 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
             parameter.requires_grad = True
         self.train()
 
-    def all_gather(self, data: Any, group: Optional[Any] = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
         """Gather tensors, or collections of them, from all processes.
 
         Args:
@@ -505,9 +505,9 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         cls,
         checkpoint_path: Union[str, Path, IO[bytes]],
         map_location: Any = None,
-        hparams_file: Optional[Union[str, Path]] = None,
-        strict: Optional[bool] = None,
-        weights_only: Optional[bool] = None,
+        hparams_file: Union[str, Path] | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """Build the module from the hyperparameters in a checkpoint and load its weights.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -51,7 +51,7 @@ class LightningOptimizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_optimizer"], name)
 
-    def step(self, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Take one optimizer step.
 
         Args:
@@ -227,11 +227,11 @@ class NoOptimizer(Optimizer):
         """There is no state."""
         return {}
 
-    def step(self, closure: Optional[Callable[[], Any]] = None) -> Union[Any, None]:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Union[Any, None]:  # type: ignore[override]
         """Run the closure."""
         return closure() if closure is not None else None
 
-    def zero_grad(self, set_to_none: Optional[bool] = True) -> None:
+    def zero_grad(self, set_to_none: bool | None = True) -> None:
         """There are no gradients."""
 
     def __repr__(self) -> str:

@@ -111,7 +111,11 @@ def _step_is_plain(strategy: Strategy) -> bool:
     precision = type(strategy.precision)
     unscaled = precision.optimizer_step is Precision.optimizer_step or not strategy.precision.policy.scaler
     known = precision.__module__ == Precision.__module__  # a user's own class may do anything
-    return type(strategy).optimizer_step is Strategy.optimizer_step and unscaled and (known or precision.optimizer_step is Precision.optimizer_step)
+    return (
+        type(strategy).optimizer_step is Strategy.optimizer_step
+        and unscaled
+        and (known or precision.optimizer_step is Precision.optimizer_step)
+    )
 
 
 def update(trainer: Trainer, loop: FitLoop) -> Callable[[Callable[[], Any]], Any]:

@@ -221,7 +221,9 @@ def check_takes_loader(function: Callable[..., Any], name: str, several: bool, c
     if several and not takes:
         raise RuntimeError(f"There are several loaders, and `{name}` does not take `dataloader_idx`: add it as the last parameter.")
     if takes and not several and not _has_default(function, names[-1]):
-        raise RuntimeError(f"`{name}` takes `{names[-1]}`, and there is only one loader: leave the parameter out, or give it the default 0.")
+        raise RuntimeError(
+            f"`{name}` takes `{names[-1]}`, and there is only one loader: leave the parameter out, or give it the default 0."
+        )
     return takes
 
 

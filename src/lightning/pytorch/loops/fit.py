@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import override_of, scoped, spanned
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import counted, looked_ahead

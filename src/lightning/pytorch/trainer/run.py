@@ -32,7 +32,13 @@ STAGES = {
 
 @contextmanager
 def running(
-    trainer: Trainer, function: TrainerFn, module: LightningModule, datamodule: Any, ckpt_path: Any, weights_only: bool | None, model_given: bool
+    trainer: Trainer,
+    function: TrainerFn,
+    module: LightningModule,
+    datamodule: Any,
+    ckpt_path: Any,
+    weights_only: bool | None,
+    model_given: bool,
 ) -> Iterator[None]:
     """Everything around the loop of one call, in the order in which it happens.
 
@@ -105,7 +111,7 @@ def add_configured_callbacks(trainer: Trainer, module: LightningModule) -> None:
 
 def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     """Environment, data, hooks, model, weights, optimizers: ready for the first batch."""
-    strategy, module, datamodule = trainer.strategy, trainer.lightning_module, trainer.datamodule
+    strategy, module = trainer.strategy, trainer.lightning_module
     fitting = trainer.state.fn is TrainerFn.FITTING
     strategy.setup_environment()
     if trainer._profiler is not None:

@@ -18,8 +18,8 @@ from lightning.pytorch.trainer import checks, parts
 from lightning.pytorch.trainer.attributes import TrainerAttributes
 from lightning.pytorch.trainer.config import build_config
 from lightning.pytorch.trainer.run import running
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators.accelerator import Accelerator
@@ -100,43 +100,43 @@ class Trainer(TrainerAttributes):
         strategy: Union[str, Strategy] = "auto",
         devices: Union[list[int], str, int] = "auto",
         num_nodes: int = 1,
-        precision: Optional[Union[int, str]] = None,
-        logger: Optional[Union[Logger, list[Logger], bool]] = None,
-        callbacks: Optional[Union[list[Callback], Callback]] = None,
+        precision: Union[int, str] | None = None,
+        logger: Union[Logger, list[Logger], bool] | None = None,
+        callbacks: Union[list[Callback], Callback] | None = None,
         fast_dev_run: Union[int, bool] = False,
-        max_epochs: Optional[int] = None,
-        min_epochs: Optional[int] = None,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
         max_steps: int = -1,
-        min_steps: Optional[int] = None,
-        max_time: Optional[Union[str, timedelta, dict[str, int]]] = None,
+        min_steps: int | None = None,
+        max_time: Union[str, timedelta, dict[str, int]] | None = None,
         limit_train_batches: Batches = None,
         limit_val_batches: Batches = None,
         limit_test_batches: Batches = None,
         limit_predict_batches: Batches = None,
         overfit_batches: Union[int, float] = 0.0,
-        val_check_interval: Optional[Union[int, float, str, timedelta, dict[str, int]]] = None,
-        check_val_every_n_epoch: Optional[int] = 1,
-        num_sanity_val_steps: Optional[int] = None,
-        log_every_n_steps: Optional[int] = None,
-        enable_checkpointing: Optional[bool] = None,
-        enable_progress_bar: Optional[bool] = None,
-        enable_model_summary: Optional[bool] = None,
+        val_check_interval: Union[int, float, str, timedelta, dict[str, int]] | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
         accumulate_grad_batches: int = 1,
-        gradient_clip_val: Optional[Union[int, float]] = None,
-        gradient_clip_algorithm: Optional[str] = None,
-        deterministic: Optional[Union[bool, Literal["warn"]]] = None,
-        benchmark: Optional[bool] = None,
+        gradient_clip_val: Union[int, float] | None = None,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: Union[bool, Literal["warn"]] | None = None,
+        benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
-        profiler: Optional[Union[Profiler, str]] = None,
+        profiler: Union[Profiler, str] | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
-        plugins: Optional[Any] = None,
+        plugins: Any | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
-        default_root_dir: Optional[Union[str, Path]] = None,
+        default_root_dir: Union[str, Path] | None = None,
         enable_autolog_hparams: bool = True,
-        model_registry: Optional[str] = None,
+        model_registry: str | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._config = config = build_config(given)
@@ -170,11 +170,11 @@ class Trainer(TrainerAttributes):
     def fit(
         self,
         model: LightningModule,
-        train_dataloaders: Optional[Union[TRAIN_DATALOADERS, LightningDataModule]] = None,
-        val_dataloaders: Optional[EVAL_DATALOADERS] = None,
-        datamodule: Optional[LightningDataModule] = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
-        weights_only: Optional[bool] = None,
+        train_dataloaders: Union[TRAIN_DATALOADERS, LightningDataModule] | None = None,
+        val_dataloaders: EVAL_DATALOADERS | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: Union[str, Path] | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Train the model.
 
@@ -221,12 +221,12 @@ class Trainer(TrainerAttributes):
 
     def validate(
         self,
-        model: Optional[LightningModule] = None,
-        dataloaders: Optional[Union[EVAL_DATALOADERS, LightningDataModule]] = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
+        model: LightningModule | None = None,
+        dataloaders: Union[EVAL_DATALOADERS, LightningDataModule] | None = None,
+        ckpt_path: Union[str, Path] | None = None,
         verbose: bool = True,
-        datamodule: Optional[LightningDataModule] = None,
-        weights_only: Optional[bool] = None,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
     ) -> EVALUATE_OUTPUT:
         """Run once through the validation data.
 
@@ -245,12 +245,12 @@ class Trainer(TrainerAttributes):
 
     def test(
         self,
-        model: Optional[LightningModule] = None,
-        dataloaders: Optional[Union[EVAL_DATALOADERS, LightningDataModule]] = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
+        model: LightningModule | None = None,
+        dataloaders: Union[EVAL_DATALOADERS, LightningDataModule] | None = None,
+        ckpt_path: Union[str, Path] | None = None,
         verbose: bool = True,
-        datamodule: Optional[LightningDataModule] = None,
-        weights_only: Optional[bool] = None,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
     ) -> EVALUATE_OUTPUT:
         """Run once through the test data; arguments and result are those of :meth:`validate`."""
         return self._evaluate(TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
@@ -272,12 +272,12 @@ class Trainer(TrainerAttributes):
 
     def predict(
         self,
-        model: Optional[LightningModule] = None,
-        dataloaders: Optional[Union[EVAL_DATALOADERS, LightningDataModule]] = None,
-        datamodule: Optional[LightningDataModule] = None,
-        return_predictions: Optional[bool] = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
-        weights_only: Optional[bool] = None,
+        model: LightningModule | None = None,
+        dataloaders: Union[EVAL_DATALOADERS, LightningDataModule] | None = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: Union[str, Path] | None = None,
+        weights_only: bool | None = None,
     ) -> Any:
         """Run once through the prediction data.
 
@@ -303,7 +303,7 @@ class Trainer(TrainerAttributes):
     # ---- tools ------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(
-        self, filepath: Union[str, Path], weights_only: Optional[bool] = None, storage_options: Optional[Any] = None
+        self, filepath: Union[str, Path], weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """Save the run as it stands.
 
@@ -326,7 +326,7 @@ class Trainer(TrainerAttributes):
             self.strategy.barrier("Trainer.save_checkpoint")
 
     @contextmanager
-    def init_module(self, empty_init: Optional[bool] = None) -> Generator[None, None, None]:
+    def init_module(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """A context to build a model in: on the device and in the precision of this trainer.
 
         Args:

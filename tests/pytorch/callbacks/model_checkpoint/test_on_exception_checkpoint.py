@@ -106,4 +106,5 @@ def test_file_stays_after_another_run(prepare: Callable[..., Any], tmp_path: Pat
     run = prepare(OnExceptionCheckpoint(tmp_path)).fit()
     assert run.steps_in(FILE) == 6
     run.trainer.validate(run.model, run.loaders[1], verbose=False)
+    run.trainer.validate(run.model, run.loaders[1], verbose=False, ckpt_path=FILE)
     assert run.steps_in(FILE) == 6

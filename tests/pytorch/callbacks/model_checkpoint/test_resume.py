@@ -122,6 +122,13 @@ def test_state_that_a_run_resumed_from_is_not_saved_again(train: Callable[..., A
     assert run.saves == [(8, "epoch=1-step=8.ckpt")]
 
 
+def test_state_that_a_run_resumed_from_is_not_saved_as_last(train: Callable[..., Any]) -> None:
+    train(ModelCheckpoint(dirpath="d", every_n_train_steps=4), validate=False, max_epochs=1)
+    checkpoint = ModelCheckpoint(dirpath="d", every_n_train_steps=4, save_last=True)
+    run = train(checkpoint, validate=False, max_epochs=1, ckpt_path="d/epoch=0-step=4.ckpt")
+    assert run.saves == []
+
+
 @pytest.mark.parametrize("failing", ["configure_optimizers", "training_step"])
 def test_run_that_fails_before_it_trains_saves_nothing(train: Callable[..., Any], prepare: Callable[..., Any], failing: str) -> None:
     train(resumable(Path("d")), max_epochs=1)

@@ -157,6 +157,13 @@ def test_sanity_check_counts_for_nothing(train: Callable[..., Any]) -> None:
     assert run.saves == [(8, "epoch=1-step=8.ckpt")]
 
 
+def test_sanity_check_of_a_second_fit_saves_nothing(train: Callable[..., Any]) -> None:
+    run = train(ModelCheckpoint(save_on_train_epoch_end=False, every_n_epochs=2), num_sanity_val_steps=1, max_epochs=1)
+    run.trainer.fit_loop.max_epochs = 2
+    run.fit()
+    assert run.saves == [(8, "epoch=1-step=8.ckpt")]
+
+
 def test_validation_outside_of_fit_saves_nothing(train: Callable[..., Any]) -> None:
     run = train(ModelCheckpoint(save_on_train_epoch_end=False, every_n_epochs=2), max_epochs=1)
     run.trainer.validate(run.model, run.loaders[1], verbose=False)

@@ -138,7 +138,7 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     strategy = trainer.strategy
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
         raise KeyError(
-            "The checkpoint holds weights only (it was saved with save_weights_only=True), so training cannot be resumed from it. "
+            "The checkpoint holds weights only (it was saved with save_weights_only=True), so training cannot resume from it. "
             "To start anew from its weights, use `Model.load_from_checkpoint(path)`."
         )
     names = checkpoint.get("keraunos", {})

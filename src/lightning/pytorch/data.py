@@ -153,8 +153,8 @@ class RunData:
         every = self.trainer._config.log_every_n_steps
         if self.trainer.loggers and num_batches < every and not self.trainer.fast_dev_run:
             rank_zero_warn(
-                f"An epoch has {num_batches} training batches, fewer than log_every_n_steps={every}: step values reach the loggers less than "
-                "once in an epoch. For more of them, set a lower value in the Trainer.",
+                f"An epoch has {num_batches} training batches, fewer than log_every_n_steps={every}: step values reach the loggers less "
+                "than once in an epoch. For more of them, set a lower value in the Trainer.",
                 category=PossibleUserWarning,
             )
 

@@ -73,7 +73,7 @@ def check_value(name: str, value: Any) -> None:
     """
     if isinstance(value, dict):
         raise ValueError(
-            f"`self.log({name!r}, {value})`: nested dictionaries cannot be logged; log each of its items under a name of its own."
+            f"`self.log({name!r}, {value})`: nested dictionaries cannot be logged; log each item under its own name."
         )
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -108,7 +108,7 @@ def resolve_options(name: str, scope: str | None, given: tuple[Any, ...]) -> Opt
     on_epoch = default_epoch if on_epoch is None else on_epoch
     if scope in EPOCH_ONLY and on_step:
         raise MisconfigurationException(
-            f"`self.log({name!r}, on_step=True)` is not possible inside `{scope}`, which is no step: leave it out."
+            f"`self.log({name!r}, on_step=True)` is not possible inside `{scope}`, no step: leave it out."
         )
     if scope in EPOCH_ONLY and not on_epoch:
         raise MisconfigurationException(f"`self.log({name!r}, on_epoch=False)` inside `{scope}` would log nothing: leave it out.")

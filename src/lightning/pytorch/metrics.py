@@ -344,7 +344,7 @@ def _find_attribute(module: LightningModule, name: str, metric: Any, attribute: 
     known = [path for path, submodule in module.named_modules() if is_metric(submodule)]
     if attribute is not None and attribute not in known:
         raise MisconfigurationException(
-            f"`self.log({name!r}, ..., metric_attribute={attribute!r})`: {type(module).__name__} has no Metric of that name; it has {known}."
+            f"`self.log({name!r}, ..., metric_attribute={attribute!r})`: {type(module).__name__} has no such Metric; it has {known}."
         )
     if attribute is None and not attributes:
         raise MisconfigurationException(

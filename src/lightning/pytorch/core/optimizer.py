@@ -135,9 +135,13 @@ def _take_apart(returned: Any) -> tuple[list[Optimizer], list[Any], str | None]:
 def _from_dict(item: Mapping[str, Any]) -> tuple[Optimizer, list[Any], str | None]:
     unknown = set(item) - {"optimizer", "lr_scheduler", "monitor"}
     if unknown:
-        rank_zero_warn(f"`configure_optimizers` returned a dict with the keys {sorted(unknown)}, which are ignored.", category=RuntimeWarning)
+        rank_zero_warn(
+            f"`configure_optimizers` returned a dict with the keys {sorted(unknown)}, which are ignored.", category=RuntimeWarning
+        )
     if not isinstance(item.get("optimizer"), Optimizer):
-        raise MisconfigurationException(f"`configure_optimizers` returned a dict without an optimizer under 'optimizer'; accepted are {ACCEPTED}.")
+        raise MisconfigurationException(
+            f"`configure_optimizers` returned a dict without an optimizer under 'optimizer'; accepted are {ACCEPTED}."
+        )
     scheduler = item.get("lr_scheduler")
     if isinstance(scheduler, (list, tuple)):
         if len(scheduler) > 1:

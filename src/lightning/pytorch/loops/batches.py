@@ -54,7 +54,7 @@ def step_with_index(step: Callable[..., Any], name: str) -> Callable[[Any, int],
         raise MisconfigurationException(f"`{name}` takes no batch: define it as `{name}(self, batch, batch_idx)`.")
     if "dataloader_iter" in names:
         raise MisconfigurationException(
-            f"`{name}(self, dataloader_iter)` is not supported: take `(batch, batch_idx)`, or fetch further batches from a loader of your own."
+            f"`{name}(self, dataloader_iter)` is not supported: take `(batch, batch_idx)`, and fetch more from a loader of your own."
         )
     if variadic or count >= 2:
         return step

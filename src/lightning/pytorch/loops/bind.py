@@ -40,10 +40,8 @@ def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:
             batch = convert(batch)
         if before is not None:
             batch = before(batch, dataloader_idx)
-        if move is not None:
-            batch = move(batch, device, dataloader_idx)
-        else:
-            batch = strategy.batch_to_device(batch, device, dataloader_idx)
+        transfer_to = move or strategy.batch_to_device
+        batch = transfer_to(batch, device, dataloader_idx)
         return batch if after is None else after(batch, dataloader_idx)
 
     return through_hooks

@@ -84,7 +84,8 @@ class FitLoop:
         self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
             self.validate()
-        for batch, self.is_last in self.batches():  # from p.batch_idx, already on the device
+        for batch, is_last in self.batches():  # from p.batch_idx, already on the device
+            self.is_last = is_last
             metrics.batch, metrics.batch_size = batch, None
             metrics.serial += 1
             self.log_step = p.stepped
@@ -94,7 +95,7 @@ class FitLoop:
             self.step(batch)  # automatic_step or manual_step
             p.batch_idx += 1
             p.total_batches += 1
-            if self.is_last:
+            if is_last:
                 self.schedulers.step_epoch()
             p.next = Next.VALIDATE if self.validation_due() else Next.BATCH
             hooks.on_train_batch_end(self.outputs, batch, p.batch_idx - 1)
@@ -356,7 +357,7 @@ def val_check_batches(config: Any, num_batches: float) -> float:
     if isinstance(interval, int):
         if interval > num_batches and config.check_val_every_n_epoch is not None:
             raise ValueError(
-                f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so validation would never run. "
+                f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so it would never validate. "
                 "To count batches across epochs, set check_val_every_n_epoch=None."
             )
         return interval

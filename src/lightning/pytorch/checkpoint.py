@@ -187,7 +187,7 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
     bounded = loop.max_epochs is not None and loop.max_epochs != -1
     if bounded and p.epoch > loop.max_epochs:  # type: ignore[operator]
         raise MisconfigurationException(
-            f"The checkpoint is from epoch {checkpoint['epoch']}, and max_epochs={loop.max_epochs} ends the run before it. Set a higher one."
+            f"The checkpoint is from epoch {checkpoint['epoch']}, and max_epochs={loop.max_epochs} ends before it. Set a higher one."
         )
 
 

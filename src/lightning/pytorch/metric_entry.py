@@ -121,7 +121,7 @@ def resolve_options(name: str, scope: str | None, given: tuple[Any, ...]) -> Opt
     reduction = REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx) if _hashable(reduce_fx) else None
     if reduction is None:
         raise MisconfigurationException(
-            f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: accepted are 'mean', 'sum', 'min', 'max' and torch's functions of these names. "
+            f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: accepted are 'mean', 'sum', 'min', 'max' and torch's functions of them. "
             "For anything else log a torchmetrics Metric."
         )
     return Options(prog_bar, logger is not False, on_step, on_epoch, reduction, graph, sync, group, add_idx, attribute, rank_zero)
@@ -147,8 +147,8 @@ class Entry:
     """
 
     __slots__ = (
-        "add", "dataloader_idx", "dtype", "given", "host_total", "merged", "name", "on_epoch", "on_step", "options", "scope", "serial", "source",
-        "total", "value", "weight", "weighted",
+        "add", "dataloader_idx", "dtype", "given", "host_total", "merged", "name", "on_epoch", "on_step", "options", "scope",
+        "serial", "source", "total", "value", "weight", "weighted",
     )  # fmt: skip
 
     def __init__(self, name: str, scope: str, dataloader_idx: int | None, given: tuple[Any, ...], options: Options) -> None:

@@ -357,11 +357,11 @@ class TrainerAttributes:
 
     @property
     def enable_validation(self) -> bool:
-        """Whether fit validates: there is a validation step, and a limit above zero."""
+        """Whether fit validates: there are a validation step and a loader, and the limit is above zero."""
         from lightning.pytorch.utilities.model_helpers import is_overridden
 
         module = self.lightning_module
-        return module is not None and is_overridden("validation_step", module) and self._config.limit_val_batches > 0
+        return module is not None and is_overridden("validation_step", module) and self._data.has("val") and self._config.limit_val_batches > 0
 
     # ---- callbacks, loggers, metrics --------------------------------------------------------------------------------
 

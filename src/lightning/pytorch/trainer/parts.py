@@ -197,7 +197,7 @@ def module_or_last(trainer: Trainer, model: Any, function: TrainerFn) -> Lightni
 def ready_to_fit(trainer: Trainer) -> bool:
     """Run the sanity check, then ask for the training data; False if there is nothing to train on."""
     loop, config, data = trainer.fit_loop, trainer._config, trainer._data
-    validates = trainer.enable_validation and data.has("val")
+    validates = trainer.enable_validation
     checks.check_storable(trainer)
     if validates and config.num_sanity_val_steps > 0 and not loop.restarting:
         sanity_check(trainer)

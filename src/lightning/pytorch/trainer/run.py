@@ -210,7 +210,7 @@ def finish(trainer: Trainer) -> None:
 
 def fail(trainer: Trainer, error: BaseException) -> None:
     """Let everybody know, and free everything; the error that ended the run is what the user sees."""
-    trainer.state.status, trainer.state.stage = TrainerStatus.INTERRUPTED, None
+    trainer.state.status = TrainerStatus.INTERRUPTED
     module = trainer.strategy.lightning_module
     if isinstance(error, KeyboardInterrupt):
         rank_zero_info("Interrupted: the run ends here, and everything is closed.")
@@ -229,7 +229,7 @@ def fail(trainer: Trainer, error: BaseException) -> None:
     if trainer.datamodule is not None:
         attempt(trainer.datamodule.on_exception, error)
     attempt(trainer._metrics.settle)
-    trainer._metrics.entries, trainer._metrics.scope = None, None
+    trainer._metrics.entries, trainer._metrics.scope, trainer.state.stage = None, None, None
     for logger in trainer.loggers:
         attempt(logger.finalize, "failed")
     if trainer._profiler is not None:

@@ -240,16 +240,23 @@ def forms_of_configure_optimizers() -> Any:
 
 
 @scenario
-def schedulers_under_accumulation() -> Any:
+def schedulers_by_steps() -> Any:
     class Model(Plain):
+        frequency = 1
+
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
-            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}]
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": self.frequency}]
 
-    rates: list[float] = []
-    note = At("on_train_batch_end", lambda trainer, _: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
-    trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=[note]).fit(Model(), loader(5))
-    return rates
+    facts = {}
+    for accumulation, frequency in ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 2)):
+        model, rates = Model(), []
+        model.frequency = frequency
+        note = At("on_train_batch_end", lambda trainer, _, rates=rates: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
+        trainer(max_epochs=2, accumulate_grad_batches=accumulation, callbacks=[note]).fit(model, loader(5))
+        facts[f"accumulation {accumulation}, frequency {frequency}"] = rates
+    return facts
 
 
 @scenario
@@ -261,15 +268,31 @@ def plateau_on_validation_metrics() -> Any:
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "metric"}}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "metric", **self.config}}
 
-    rates: dict[str, Any] = {}
-    for name, arguments in {"each": {}, "second": {"check_val_every_n_epoch": 2}, "half": {"val_check_interval": 0.5}}.items():
-        seen: list[float] = rates.setdefault(name, [])
-        note = At("on_train_epoch_end", lambda trainer, _, seen=seen: seen.append(trainer.optimizers[0].param_groups[0]["lr"]))
-        run = trainer(max_epochs=4, callbacks=[note], num_sanity_val_steps=0, **arguments)
-        rates[f"{name} raised"] = attempt(lambda run=run: run.fit(Model(), loader(2), loader(1)))
-    return rates
+        config: dict[str, Any] = {}
+
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            steps.append([self.current_epoch, self.global_step, plain(metric)])
+            super().lr_scheduler_step(scheduler, metric)
+
+    facts: dict[str, Any] = {}
+    for name, arguments, config in (
+        ("each epoch", {}, {}),
+        ("validation every second epoch", {"check_val_every_n_epoch": 2}, {}),
+        ("validation every second epoch, not strict", {"check_val_every_n_epoch": 2}, {"strict": False}),
+        ("validation every half epoch", {"val_check_interval": 0.5}, {}),
+        ("each step, validation every step", {"val_check_interval": 1}, {"interval": "step"}),
+        ("each step, not strict", {"val_check_interval": 2}, {"interval": "step", "strict": False}),
+        ("every second step", {"val_check_interval": 1}, {"interval": "step", "frequency": 2}),
+        ("every second epoch", {}, {"frequency": 2}),
+    ):
+        steps: list[Any] = []
+        model = Model()
+        model.config = config
+        run = trainer(max_epochs=4, num_sanity_val_steps=0, **arguments)
+        facts[name] = [attempt(lambda run=run, model=model: run.fit(model, loader(4), loader(1))), steps]
+    return facts
 
 
 @scenario

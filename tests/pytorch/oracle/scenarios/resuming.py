@@ -99,7 +99,12 @@ def resume_by_max_steps() -> Any:
 
 @scenario
 def resume_with_the_sanity_check() -> Any:
-    return _resumed("cb", "on_train_epoch_end", num_sanity_val_steps=1)
+    facts = {}
+    for hook, step in (("on_train_batch_end", 1), ("on_train_batch_end", 5), ("on_validation_end", 3), ("on_train_epoch_end", 3)):
+        resumed = _resumed("", hook, lambda trainer, step=step: trainer.global_step == step, num_sanity_val_steps=1)
+        before = next(index for index, line in enumerate(resumed["trace"]) if "on_train_start" in line)
+        facts[f"{hook} {step}"] = [line for line in resumed["trace"][:before] if "validation_step" in line]
+    return facts
 
 
 @scenario

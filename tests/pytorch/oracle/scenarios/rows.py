@@ -188,11 +188,14 @@ def calls_that_loggers_get() -> Any:
         trainer(logger=memory, max_epochs=1, log_every_n_steps=1, **arguments).fit(Model(), loader(2), loader(1))
         facts[name] = memory.calls
     memory = Memory()
-    failing = Model()
-    failing.training_step = None  # type: ignore[assignment]
+
+    class Failing(Model):
+        def on_train_epoch_start(self) -> None:
+            raise RuntimeError("planned")
+
     try:
-        trainer(logger=memory, max_epochs=1, log_every_n_steps=1).fit(failing, loader(2))
-    except Exception:
+        trainer(logger=memory, max_epochs=1, log_every_n_steps=1).fit(Failing(), loader(2))
+    except RuntimeError:
         facts["failed"] = memory.calls
     return facts
 

@@ -1,4 +1,4 @@
-"""What users see of a run is what the recorded facts of the reference say, but for the differences listed here.
+"""What users see of a run is what the recorded facts of the reference say, but for the differences in ``intended``.
 
 ``record.py`` writes the facts; ``scenarios`` says what they are of.
 """
@@ -19,15 +19,10 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from intended import IN_FILE, INTENDED  # noqa: E402
 from scenarios import SCENARIOS, plain  # noqa: E402
 
 TOLERANCE = 1e-6
-
-IN_FILE = object()
-"""Stands for a value too long for this page: ``ours/<scenario>.json`` holds all facts of ours (see record.py --ours)."""
-
-INTENDED: dict[tuple[str, ...], tuple[str, Any]] = {}
-"""Where ours differs on purpose: (scenario, key, ...) -> why, and what ours gives. Keys lead into the scenario's facts."""
 
 
 def expected_facts(scenario: str) -> Any:

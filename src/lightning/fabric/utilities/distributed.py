@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DistributedSampler, Sampler
 
 from lightning.fabric.utilities.cloud_io import local_path
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.seed import collect_rng_states, set_rng_states
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy
@@ -23,7 +27,9 @@ __all__ = ["DistributedSamplerWrapper", "is_shared_filesystem"]
 class DistributedSamplerWrapper(DistributedSampler[Any]):
     """Gives each process its part of what another sampler gives.
 
-    The other sampler must give the same in every process: seed it alike everywhere.
+    The other sampler gives the same in every process: where it draws from the random generators of Python, numpy or torch,
+    it finds them seeded with ``seed`` plus the epoch, and they are afterwards as they were. A generator of its own must be
+    seeded alike everywhere.
 
     Args:
         sampler: a sampler with a length, or any other sized iterable of indices.
@@ -48,8 +54,44 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         super().__init__(sampler, *args, **kwargs)  # type: ignore[arg-type]  # it asks for the length alone
 
     def __iter__(self) -> Iterator[Any]:
-        indices = list(self.dataset)  # type: ignore[call-overload]
+        indices = drawn_alike(self.dataset, self.seed + self.epoch)
         return (indices[place] for place in super().__iter__())
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        pass_on_epoch(self.dataset, epoch)
+
+
+def drawn_alike(sampler: Any, seed: int) -> list[Any]:
+    """What ``sampler`` gives, the same in every process that passes the same seed."""
+    with seeded_alike(seed):
+        return list(sampler)
+
+
+@contextmanager
+def seeded_alike(seed: int) -> Generator[None, None, None]:
+    """A context in which the host's random generators start from ``seed``; those of devices are left alone."""
+    states = collect_rng_states(include_cuda=False)
+    random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the devices too
+    if "numpy" in states:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        set_rng_states(states)
+
+
+def pass_on_epoch(sampler: Any, epoch: int) -> None:
+    """Tell a wrapped sampler the epoch, if it wants to know."""
+    set_epoch = getattr(sampler, "set_epoch", None)
+    if callable(set_epoch):
+        set_epoch(epoch)
+
+
+def _distributed_is_initialized() -> bool:
+    """Whether this process belongs to a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_shared_filesystem(strategy: Strategy, path: str | Path | None = None, timeout: int = 3) -> bool:

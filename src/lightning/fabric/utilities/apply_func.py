@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ def rebuild_mapping(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping of the type of ``data`` with other values under the same keys."""
     import copy
 
+    if not isinstance(data, MutableMapping):
+        return type(data)(items)  # type: ignore[call-arg]
     result: Any = copy.copy(data)  # keeps a default factory and whatever else the type carries
     for key, value in items.items():
         result[key] = value
@@ -79,14 +81,18 @@ def move_data_to_device(batch: Any, device: torch.device | str | int) -> Any:
         >>> move_data_to_device({"x": torch.zeros(2)}, "cpu")["x"].device
         device(type='cpu')
     """
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
+    # The host would read what has not arrived yet if it did not wait for copies to its own memory.
+    overlap = device.type not in ("cpu", "mps")
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=overlap)
     kind = type(batch)
     if kind is list or kind is tuple:
-        return kind([x.to(device, non_blocking=True) if isinstance(x, Tensor) else move_data_to_device(x, device) for x in batch])
+        return kind([x.to(device, non_blocking=overlap) if isinstance(x, Tensor) else move_data_to_device(x, device) for x in batch])
     if kind is dict:
         return {
-            k: x.to(device, non_blocking=True) if isinstance(x, Tensor) else move_data_to_device(x, device) for k, x in batch.items()
+            k: x.to(device, non_blocking=overlap) if isinstance(x, Tensor) else move_data_to_device(x, device) for k, x in batch.items()
         }
     if hasattr(batch, "to") and not isinstance(batch, type):
         moved = batch.to(device)

@@ -61,26 +61,29 @@ def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., A
 rank_zero_only.rank = rank_from_environment() or 0  # type: ignore[attr-defined]
 
 
+# A stacklevel of 4 means the caller of these functions, as code written for Lightning has it; one of its frames is not here.
+
+
 @rank_zero_only
 def rank_zero_warn(message: str | Warning, stacklevel: int = 4, **kwargs: Any) -> None:
     """Warn on rank 0; ``category`` and the other keywords are those of :func:`warnings.warn`."""
-    warnings.warn(message, stacklevel=stacklevel, **kwargs)
+    warnings.warn(message, stacklevel=stacklevel - 1, **kwargs)
 
 
 @rank_zero_only
 def rank_zero_info(*args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
     """Log a message of level INFO on rank 0."""
-    log.info(*args, stacklevel=stacklevel, **kwargs)
+    log.info(*args, stacklevel=stacklevel - 1, **kwargs)
 
 
 @rank_zero_only
 def rank_zero_debug(*args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
     """Log a message of level DEBUG on rank 0."""
-    log.debug(*args, stacklevel=stacklevel, **kwargs)
+    log.debug(*args, stacklevel=stacklevel - 1, **kwargs)
 
 
 @rank_zero_only
 def rank_zero_deprecation(message: str | Warning, stacklevel: int = 5, **kwargs: Any) -> None:
     """Warn of a deprecation on rank 0."""
     kwargs.setdefault("category", LightningDeprecationWarning)
-    warnings.warn(message, stacklevel=stacklevel, **kwargs)
+    warnings.warn(message, stacklevel=stacklevel - 2, **kwargs)

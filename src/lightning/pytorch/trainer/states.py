@@ -45,11 +45,9 @@ class RunningStage(LightningEnum):
         return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
 
     @property
-    def dataloader_prefix(self) -> str | None:
-        """The first part of the stage's loader hook: ``val`` for ``val_dataloader``; None while sanity checking."""
-        if self is RunningStage.SANITY_CHECKING:
-            return None
-        return "val" if self is RunningStage.VALIDATING else self.value
+    def dataloader_prefix(self) -> str:
+        """The first part of the stage's loader hook: ``val`` for ``val_dataloader``."""
+        return "val" if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING) else str(self.value)
 
 
 @dataclass

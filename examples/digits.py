@@ -48,12 +48,6 @@ class Digits(L.LightningDataModule):
 
     predict_dataloader = test_dataloader
 
-    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        if not self.trainer.training:
-            return batch
-        images, labels = batch
-        return [jitter(images), labels]  # on the device, a batch at a time
-
 
 class ConvNet(L.LightningModule):
     """Three convolutions, one pooling, one linear layer: 100,000 parameters."""
@@ -72,7 +66,7 @@ class ConvNet(L.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = F.cross_entropy(self(jitter(images)), labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 

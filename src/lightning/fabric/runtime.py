@@ -9,7 +9,7 @@ import torch
 
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.accelerators.registry import choose_accelerator
-from lightning.fabric.precision import Precision, build_precision, parse_precision
+from lightning.fabric.precision import Precision, build_precision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -70,8 +70,6 @@ def resolve(
     """
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
         raise MisconfigurationException(f"num_nodes={num_nodes!r}: a whole number of machines, 1 or more, is needed.")
-    if precision is not None:
-        parse_precision(precision)
     precision_plugin, checkpoint_io = _sort_plugins(plugins)
     chosen = _accelerator_of(accelerator, strategy)
     if isinstance(strategy, str) and strategy not in STRATEGY_NAMES:

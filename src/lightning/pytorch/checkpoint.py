@@ -50,6 +50,9 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         if state:
             checkpoint[type(precision).__qualname__] = state
         precision.on_save_checkpoint(checkpoint)
+        loop = trainer.fit_loop
+        if loop.progress.batch_idx % trainer.accumulate_grad_batches and not loop.updates:  # inside an accumulation window
+            checkpoint["keraunos"]["gradients"] = {name: q.grad for name, q in module.named_parameters() if q.grad is not None}
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", None)
@@ -153,6 +156,10 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state = checkpoint.get(type(strategy.precision).__qualname__)
     if state is not None:
         strategy.precision.load_state_dict(state)
+    gradients = names.get("gradients", {})
+    for name, parameter in trainer.lightning_module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device)
 
 
 def _compare(what: str, saved: list[str] | None, states: list[Any], here: list[str]) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
+# Removed hooks whose results code relies on; the other removed ones only warn.
+REFUSED_HOOKS = ("training_epoch_end", "validation_epoch_end", "test_epoch_end")
+
 
 def no_op(*args: Any) -> None:
     """The hook that nobody overrides: all of them are this one function."""
@@ -145,10 +148,14 @@ def _check_owner(owner: Any, base: type, hooks: list[str]) -> None:
     known = set(dir(base))
     for name in sorted(defined - known):
         if name in REMOVED_HOOKS and base is not LightningDataModule:
-            raise NotImplementedError(
+            message = (
                 f"`{type(owner).__name__}.{name}` would never run: that hook was removed in Lightning 2.0. "
                 f"Use `{REMOVED_HOOKS[name]}` instead."
             )
+            if name in REFUSED_HOOKS:
+                raise NotImplementedError(message)
+            rank_zero_warn(message)
+            continue
         if not name.startswith("_"):
             close = difflib.get_close_matches(name, hooks, n=1, cutoff=0.86)
             if close and close[0] not in defined:

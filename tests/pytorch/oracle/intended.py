@@ -18,6 +18,7 @@ INTERRUPT = "Ctrl-C ends the run, not the interpreter"
 REFUSED = "a wrong argument is refused by name when it is given"
 TOLD = "a wrong form is refused with a message that says what is accepted"
 EMPTY = "a loader without batches is refused instead of training on nothing"
+FREQUENCY = "the frequency of a scheduler by steps counts optimizer steps over the whole run"
 MISSPELT = "a hook whose name is misspelt is told"
 
 _WRONG_ARGUMENTS = (
@@ -72,12 +73,26 @@ INTENDED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("warnings_in_fit", "misspelt hook"): (MISSPELT, ["no error", "UserWarning"]),
     ("warnings_of_checkpoints", "resume in mid epoch"): (EXACT, []),
     ("wrong_callback_arguments", "ModelCheckpoint save_last"): (REFUSED, "MisconfigurationException"),
-    ("wrong_configure_optimizers", "dict without optimizer"): (TOLD, "MisconfigurationException"),
-    ("wrong_configure_optimizers", "empty dict"): (TOLD, "MisconfigurationException"),
-    ("wrong_configure_optimizers", "frequency 0"): (TOLD, "MisconfigurationException"),
-    ("wrong_configure_optimizers", "frequency a float"): (TOLD, "MisconfigurationException"),
-    ("wrong_configure_optimizers", "own scheduler"): (TOLD, "MisconfigurationException"),
-    ("wrong_configure_optimizers", "own scheduler without state"): (TOLD, "MisconfigurationException"),
     ("wrong_steps", "dict with a number as loss"): (TOLD, "MisconfigurationException"),
     ("states_that_do_not_fit", "optimizer"): (TOLD, "MisconfigurationException"),
+    ("wrong_trainer_arguments",): (REFUSED, IN_FILE),
+    ("wrong_trainer_arguments_when_run",): (REFUSED, IN_FILE),
+    ("missing_parts", "a dataset as loader"): (TOLD, "TypeError"),
+    ("wrong_steps", "no arguments"): (TOLD, "MisconfigurationException"),
+    ("wrong_ckpt_paths",): (TOLD, IN_FILE),
+    ("wrong_configure_optimizers",): (TOLD, IN_FILE),
+    ("log_over_several_validation_loaders",): ("the metrics of each loader are there when its hooks of the end run", IN_FILE),
+    ("files_of_the_top_k", "none, last"): ("`last` is kept up to date during the run, where a crash needs it", IN_FILE),
+    ("names_of_files", "fixed"): ("save_top_k=-1 keeps all files, under versions if the name is fixed", IN_FILE),
+    ("names_made_by_hand", "empty dirpath"): ("an empty dirpath is the current folder, as in a shell", IN_FILE),
+    ("evaluation_without_a_model_after_fit", "without a checkpoint callback"): ("the weights at hand are used", "no error"),
+    ("training_step_returning_a_tensor_or_extra_keys", "Extra"): ("outputs are detached all through: no graph outlives its step", IN_FILE),
+    ("forms_of_configure_optimizers",): (FREQUENCY, IN_FILE),
+    ("schedulers_by_steps",): (FREQUENCY, IN_FILE),
+    ("resume_with_accumulation", "inside a window"): (f"{WINDOW}; {EXACT}", IN_FILE),
+    ("resume_by_max_steps",): (EXACT, IN_FILE),
+    ("counters_after_runs", "no training"): ("nothing will be trained, so no step is estimated", IN_FILE),
+    ("counters_after_runs", "zero epochs"): ("nothing will be trained, so no step is estimated", IN_FILE),
+    ("estimated_stepping_batches_in_different_runs", "stream"): ("a stream without a bound has no end, not -1 steps", IN_FILE),
+    ("early_stopping_in_runs",): ("early stopping decides anew after the minimum; its score is the one it decided on", IN_FILE),
 }

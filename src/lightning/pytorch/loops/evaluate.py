@@ -114,8 +114,6 @@ class EvaluationLoop:
             metrics.scope = scope
             with forward_context():
                 outputs = step(batch, batch_idx, *where) if takes_index else step(batch, *where)
-            if outputs is not None and not isinstance(outputs, (Tensor, dict)):
-                check_outputs(outputs, scope)
             end(outputs, batch, batch_idx, *where)
             if self.logs_steps():
                 metrics.send_step_values(seen[index], with_epoch=False)
@@ -232,18 +230,6 @@ def _has_default(step: Callable[..., Any], parameter: str) -> bool:
 
     found = inspect.signature(step).parameters.get(parameter)
     return found is not None and found.default is not inspect.Parameter.empty
-
-
-def check_outputs(outputs: Any, name: str) -> None:
-    """Refuse what an evaluation step must not return.
-
-    Raises:
-        MisconfigurationException: for anything but a tensor, a mapping, or None.
-    """
-    from collections.abc import Mapping
-
-    if not isinstance(outputs, Mapping):
-        raise MisconfigurationException(f"`{name}` returned {outputs!r}, a {type(outputs).__name__}: return a tensor, a dict, or None.")
 
 
 def print_results(results: Results, stage: str) -> None:

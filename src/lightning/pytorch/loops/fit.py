@@ -7,7 +7,7 @@ before the first one (``loops/bind.py``), so that a hook which nobody overrides 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import override_of, scoped, spanned
@@ -57,6 +58,8 @@ class FitLoop:
         self.entries: dict[Any, Entry] = {}
         self.restarting = False
         self.outputs: Any = None
+        self.told_of_minimum = False
+        self.told_of_none = False
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -105,9 +108,12 @@ class FitLoop:
                 metrics.flush(p.stepped, self.log_step)  # the only device-to-host read
             if p.next is Next.VALIDATE:
                 self.validate()
-            if self.updates and (trainer.should_stop or p.global_step >= last_step) and self.done():
-                break
-        p.next = Next.EPOCH
+            if self.updates:
+                self.schedulers.step_plateau_batch()
+                if (trainer.should_stop or p.global_step >= last_step) and self.done():
+                    break
+        # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
+        p.next = Next.EPOCH if self.is_last or not self.done() else Next.BATCH
         metrics.close_epoch()
         hooks.on_train_epoch_end()
         self.schedulers.step_plateau("epoch")
@@ -149,7 +155,7 @@ class FitLoop:
         self.metrics.scope = "training_step"
         with self.forward_context():
             outputs = self.training_step(self.batch, p.batch_idx)
-        loss = outputs if isinstance(outputs, Tensor) else loss_of(outputs)
+        loss = outputs if isinstance(outputs, Tensor) else self.loss_of(outputs)
         self.outputs = self.detach(outputs)
         del outputs
         if p.batch_idx % self.accumulate == 0:
@@ -168,6 +174,25 @@ class FitLoop:
             hooks.on_before_optimizer_step(optimizer)
             self.clip(optimizer)
         return loss
+
+    def loss_of(self, outputs: Any) -> Tensor | None:
+        """The loss in what ``training_step`` returned, where that is no tensor.
+
+        Raises:
+            MisconfigurationException: if there is none, and it is not None either.
+        """
+        if outputs is None:
+            if not self.told_of_none:
+                self.told_of_none = True
+                rank_zero_warn("`training_step` returned None: such a batch is skipped. If that is intended, ignore this warning.")
+            return None
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            return outputs["loss"]
+        keys = f"a dict with the keys {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else f"{outputs!r}"
+        raise MisconfigurationException(
+            f"`training_step` returned {keys}, a {type(outputs).__name__}. With automatic optimization it must return the loss as a tensor, "
+            "a dict with the loss under 'loss', or None to skip the batch."
+        )
 
     def window(self) -> int:
         """The number of batches in the current accumulation window; the epoch's last one may be smaller."""
@@ -237,7 +262,6 @@ class FitLoop:
             with self.trainer._in_stage(RunningStage.VALIDATING):
                 self.free_gradients()
         self.trainer.validate_loop.run(finishing=self.after_validation)
-        self.schedulers.step_plateau("step")
         self.validated_at = time.monotonic()
 
     def after_validation(self) -> None:
@@ -263,10 +287,12 @@ class FitLoop:
         if self.trainer.should_stop:
             if self.may_stop():
                 return True
-            rank_zero_info(
-                f"A stop was asked for, but min_epochs={self.min_epochs} or min_steps={self.min_steps} is not reached: training goes on."
-            )
-            self.trainer.should_stop = False  # whoever asked decides anew once the minimum is reached
+            if any(callback.stopping_reason.value for callback in self.trainer.early_stopping_callbacks):
+                self.trainer.should_stop = False  # early stopping decides anew once the minimum is reached
+            if not self.told_of_minimum:
+                self.told_of_minimum = True
+                minimum = f"min_epochs={self.min_epochs} or min_steps={self.min_steps}"
+                rank_zero_info(f"A stop was asked for, but {minimum} is not reached: training goes on.")
         return False
 
     def may_stop(self) -> bool:
@@ -314,7 +340,10 @@ class FitLoop:
         if self.max_epochs is not None:
             return
         if self.max_steps == -1 and self.trainer.max_time is None:
-            rank_zero_warn("`max_epochs` was not set, so the run ends after 1000 epochs. For a run without a bound, set `max_epochs=-1`.")
+            rank_zero_warn(
+                "`max_epochs` was not set, so the run ends after 1000 epochs. For a run without a bound, set `max_epochs=-1`.",
+                category=PossibleUserWarning,
+            )
             self.max_epochs = 1000
         else:
             self.max_epochs = -1
@@ -324,26 +353,6 @@ class FitLoop:
         self.loader = loader
         self.validates = validates
         self.val_every = val_check_batches(self.trainer._config, loader.num_batches) if validates else UNBOUNDED
-
-
-def loss_of(outputs: Any) -> Tensor | None:
-    """The loss in what ``training_step`` returned.
-
-    Raises:
-        MisconfigurationException: if there is none, and it is not None either.
-    """
-    if outputs is None:
-        rank_zero_warn("`training_step` returned None: this batch is skipped. If that is intended, ignore this warning.")
-        return None
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-        return outputs["loss"]  # type: ignore[no-any-return]
-    given = f"a dict with the keys {sorted(map(str, outputs))}" if isinstance(outputs, dict) else f"{outputs!r}, a {type(outputs).__name__}"
-    raise MisconfigurationException(
-        f"`training_step` returned {given}. With automatic optimization it must return the loss as a tensor, a dict with the loss "
-        "under 'loss', or None to skip the batch."
-    )
 
 
 def val_check_batches(config: Any, num_batches: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,7 @@ class Schedulers:
 
     Attributes:
         step_batch: call it after each optimizer step.
+        step_plateau_batch: call it after each step's metrics are there, validation included.
         step_epoch: call it after the last batch of an epoch.
 
     Schedulers that wait for a plateau go through :meth:`step_plateau` instead, when their metric is there.
@@ -33,6 +35,8 @@ class Schedulers:
         override = override_of(module, "lr_scheduler_step", LightningModule)
         self.override = scoped(override, "lr_scheduler_step", trainer._metrics) if override is not None else None
         self.plateau = [config for config in configs if config.reduce_on_plateau]
+        by_step = any(config.interval == "step" for config in self.plateau)
+        self.step_plateau_batch = partial(self.step_plateau, "step") if by_step else no_op
         self.step_batch = self._stepper([c for c in configs if c.interval == "step" and not c.reduce_on_plateau])
         self.step_epoch = self._stepper([c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau])
 

@@ -94,6 +94,9 @@ def build_config(given: dict[str, Any]) -> TrainerConfig:
     fast = given["fast_dev_run"]
     if isinstance(fast, float) or (not isinstance(fast, bool) and (not isinstance(fast, int) or fast < 0)):
         raise MisconfigurationException(f"fast_dev_run={fast!r}: accepted are True, False, or the number of batches to run (0 or more).")
+    registry = given["model_registry"]
+    if registry is not None and not isinstance(registry, str):
+        raise MisconfigurationException(f"model_registry={registry!r}: accepted is the name of a model as a string, or None.")
     seconds = _seconds(given["val_check_interval"])
     config = TrainerConfig(
         fast_dev_run=int(fast),

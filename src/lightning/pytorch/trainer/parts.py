@@ -10,6 +10,7 @@ import torch
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.core.datamodule import LightningDataModule
@@ -202,6 +203,7 @@ def ready_to_fit(trainer: Trainer) -> bool:
     if validates and config.num_sanity_val_steps > 0 and not loop.restarting:
         sanity_check(trainer)
     loop.restarting = False
+    _warn_of_eval_mode(trainer.lightning_module)
     if config.limit_train_batches == 0:
         rank_zero_info("Nothing to train: limit_train_batches is 0.")
         return False
@@ -212,6 +214,16 @@ def ready_to_fit(trainer: Trainer) -> bool:
         data.evaluation("val")
     trainer.validate_loop.limit = float("inf")
     return loop.loader is not None and loop.loader.num_batches > 0
+
+
+def _warn_of_eval_mode(module: LightningModule) -> None:
+    evaluating = sum(not submodule.training for submodule in module.modules())
+    if evaluating:
+        rank_zero_warn(
+            f"{evaluating} module(s) are in evaluation mode at the start of training, and stay so: freezing them may be intended. "
+            "If not, call `train()` on them.",
+            category=PossibleUserWarning,
+        )
 
 
 def sanity_check(trainer: Trainer) -> None:

@@ -1,0 +1,235 @@
+"""What all strategies over several processes share: who this process is, its device, and the group they talk in."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning.fabric import collectives
+from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+if TYPE_CHECKING:
+    from lightning.fabric.accelerators.accelerator import Accelerator
+    from lightning.fabric.checkpoint.io import CheckpointIO
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.layer_sync import LayerSync
+    from lightning.fabric.precision import Precision
+
+TBroadcast = TypeVar("TBroadcast")
+
+DEFAULT_TIMEOUT = timedelta(seconds=1800)
+
+
+class ParallelStrategy(Strategy):
+    """Several processes, one device each, that meet in a process group of torch.distributed.
+
+    Args:
+        accelerator: the kind of device.
+        parallel_devices: the devices of this machine, one for each of its processes.
+        cluster_environment: knows the ranks, and where the processes meet.
+        checkpoint_io: writes and reads checkpoints.
+        precision: the numbers that the module computes with.
+        precision_plugin: another name of ``precision``.
+        process_group_backend: torch's name of the library that carries collectives, such as ``"nccl"``, or of one for each type of
+            device, such as ``"cpu:gloo,cuda:nccl"``; None for what suits the devices.
+        timeout: how long a collective may take before it fails.
+    """
+
+    strategy_name = "parallel"
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        *,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision or precision_plugin)
+        self.parallel_devices = parallel_devices
+        self.cluster_environment = cluster_environment
+        self.num_nodes = 1
+        self.timeout = timeout
+        self.layer_sync: LayerSync | None = None
+        self._process_group_backend = process_group_backend
+
+    # ---- where this process is --------------------------------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
+
+    @property
+    def num_processes(self) -> int:
+        """The number of processes of this machine."""
+        return len(self.parallel_devices) if self.parallel_devices else 1
+
+    @property
+    def world_size(self) -> int:
+        if self.cluster_environment is not None:
+            return self.cluster_environment.world_size()
+        return torch.distributed.get_world_size() if collectives.is_distributed() else 1
+
+    @property
+    def global_rank(self) -> int:
+        if self.cluster_environment is not None:
+            return self.cluster_environment.global_rank()
+        return torch.distributed.get_rank() if collectives.is_distributed() else 0
+
+    @property
+    def local_rank(self) -> int:
+        if self.cluster_environment is not None:
+            return self.cluster_environment.local_rank()
+        return self.global_rank % self.num_processes
+
+    @property
+    def node_rank(self) -> int:
+        if self.cluster_environment is not None:
+            return self.cluster_environment.node_rank()
+        return self.global_rank // self.num_processes
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are processes to talk to; True for every strategy of this kind."""
+        return True
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What a DistributedSampler has to know: ``num_replicas`` and ``rank``."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # ---- setting up -------------------------------------------------------------------------------------------------
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The library, or libraries, that carry collectives."""
+        return self._process_group_backend or default_backend(self.root_device)
+
+    def setup_environment(self) -> None:
+        """Make the device ready, and meet the other processes; all of them must call it."""
+        self.set_world_ranks()
+        super().setup_environment()
+        self.setup_distributed()
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment what follows from the number of devices and machines."""
+        environment = self.cluster_environment
+        if environment is not None:
+            environment.set_world_size(self.num_nodes * self.num_processes)
+            environment.set_global_rank(environment.node_rank() * self.num_processes + environment.local_rank())
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def setup_distributed(self) -> None:
+        """Meet the other processes, unless this process has done so.
+
+        Raises:
+            RuntimeError: if torch has no distributed package, or the processes can't meet.
+        """
+        join_processes(self.cluster_environment, self.process_group_backend, self.timeout, self.root_device)
+
+    def teardown(self) -> None:
+        """Free module and device. The process group stays, for the next run of this process; nothing waits for another one here."""
+        super().teardown()
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+
+    # ---- processes --------------------------------------------------------------------------------------------------
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return collectives.reduce(tensor, reduce_op, group)
+
+    def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
+        """Reduce many values, each with those of the same name; see :func:`lightning.fabric.collectives.reduce_named`."""
+        return collectives.reduce_named(values, group)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return collectives.all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        return collectives.broadcast(obj, src)
+
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        collectives.barrier()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return collectives.reduce_boolean_decision(decision, all)
+
+
+def default_backend(device: torch.device) -> str | None:
+    """The backends that serve a device and, for numbers that Python reads, the CPU.
+
+    Example::
+
+        >>> default_backend(torch.device("cuda:0")), default_backend(torch.device("cpu"))
+        ('cpu:gloo,cuda:nccl', 'gloo')
+    """
+    backend: str | None = torch.distributed.Backend.default_device_backend_map.get(device.type)
+    if backend is None or device.type == "cpu":
+        return backend
+    return f"cpu:gloo,{device.type}:{backend}"
+
+
+def join_processes(environment: ClusterEnvironment | None, backend: str | None, timeout: timedelta | None, device: torch.device) -> None:
+    """Become a member of the group of all processes, and leave it when Python ends.
+
+    Args:
+        environment: knows the ranks, and where the processes meet; None takes them from the variables that torchrun sets.
+        backend: which libraries carry collectives; None for torch's choice.
+        timeout: how long the processes wait for each other; None for the backend's own.
+        device: the device of this process.
+
+    Raises:
+        RuntimeError: if torch has no distributed package, the processes can't meet, or this process is in a group of another size.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available():
+        raise RuntimeError("This build of torch has no torch.distributed, which a run of several processes needs. Install another build.")
+    if collectives.is_distributed():
+        if environment is not None and environment.world_size() != distributed.get_world_size():
+            raise RuntimeError(
+                f"The run needs {environment.world_size()} processes, and this process is already in a group of "
+                f"{distributed.get_world_size()}. Use the same number of devices and machines in all runs of one process, or call "
+                "torch.distributed.destroy_process_group() in between."
+            )
+        return
+    options: dict[str, Any] = {}
+    if environment is not None:
+        options = {"rank": environment.global_rank(), "world_size": environment.world_size()}
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    if device.type == "cuda" and device.index is not None:
+        options["device_id"] = device
+    if timeout is not None:
+        options["timeout"] = timeout
+    try:
+        distributed.init_process_group(backend, **options)
+    except (distributed.DistNetworkError, distributed.DistStoreError) as error:
+        raise RuntimeError(_why_not_met(error)) from error
+    atexit.register(leave_processes)
+    rank_zero_info(f"All {distributed.get_world_size()} processes have met; collectives run over {distributed.get_backend_config()}.")
+
+
+def _why_not_met(error: Exception) -> str:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"The processes can't meet at {place}: the port is in use. Set the environment variable MASTER_PORT to a free one, or leave it "
+            "out to have one chosen; is an earlier run still going?"
+        )
+    return f"The processes did not all meet at {place}: {error} Check that every process was started, and that it can reach this address."
+
+
+def leave_processes() -> None:
+    """Leave the group of all processes."""
+    if collectives.is_distributed():
+        torch.distributed.destroy_process_group()

@@ -130,7 +130,7 @@ def draw(metrics: Path, predictions: dict[str, Tensor], title: str, file: Path) 
     right.suptitle("The worst predictions: the true digit, what it was read as, how confidently")
     for cell, index in zip(cells, true.argsort().tolist()):
         label, (confidence, guess) = int(predictions["label"][index]), predictions["probability"][index].max(0)
-        cell.imshow(predictions["image"][index, 0], cmap="gray_r")
+        cell.imshow(predictions["image"][index, 0].numpy(), cmap="gray_r")
         cell.set_title(f"{label} read as {guess}\n{confidence:.0%}", fontsize=10, color="C0" if guess == label else "C3")
         cell.set(xticks=[], yticks=[])
     figure.savefig(file)

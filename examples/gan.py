@@ -83,7 +83,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 def save_picture(images: Tensor, file: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained", dpi=100)
     for axes, image in zip(figure.subplots(5, 10).flat, images):
-        axes.imshow(image.view(8, 8), cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(image.view(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_axis_off()
     figure.savefig(file)
 

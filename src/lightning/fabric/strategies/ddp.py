@@ -93,7 +93,7 @@ class DDPStrategy(ParallelStrategy):
         self.start_method = start_method
         self._comm_state, self._comm_hook, self._comm_wrapper = ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper
         self._averaging_period = model_averaging_period
-        self._average: Callable[..., None] | None = None
+        self._averages: dict[Optimizer, Callable[..., None]] = {}
         self._ddp_kwargs: dict[str, Any] = {"gradient_as_bucket_view": True, **kwargs}
         self._prepares_backward = False
 
@@ -132,11 +132,11 @@ class DDPStrategy(ParallelStrategy):
         return None if self.root_device.type == "cpu" or self.root_device.index is None else [self.root_device.index]
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        if self._averaging_period is not None and self._average is None:
+        if self._averaging_period is not None:
             from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
             averager = PeriodicModelAverager(self._averaging_period, warmup_steps=self._comm_state.start_localSGD_iter)  # type: ignore[union-attr]
-            self._average = averager.average_parameters
+            self._averages[optimizer] = averager.average_parameters
         return optimizer
 
     def bind(self, name: str) -> Callable[..., Any]:
@@ -178,9 +178,9 @@ class DDPStrategy(ParallelStrategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, **kwargs)
-        if self._average is not None:
+        if self._averages:
             # Also after a step that the fp16 scaler left out: every process has to count the same steps.
-            self._average([parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None])
+            self._averages[optimizer]([parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None])
         return result
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class DDPStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         self.model = self.module
-        self._average = None
+        self._averages.clear()
         if self.module is not None and self.layer_sync is not None:
             self.layer_sync.revert(self.module)
         super().teardown()

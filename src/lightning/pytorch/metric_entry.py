@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Number
+from numbers import Complex, Number, Real
 from typing import Any
 
 import torch
@@ -40,6 +40,15 @@ REDUCTIONS: dict[Any, str] = {
 
 
 WIDE = (torch.float32, torch.float64)
+NUMBERS = (float, int, bool)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are published: never less than single precision, which an epoch's mean deserves."""
+    if dtype in WIDE:
+        return dtype
+    default = torch.get_default_dtype()
+    return default if default in WIDE else torch.float32
 
 
 def is_metric(value: Any) -> bool:
@@ -81,7 +90,7 @@ def check_value(name: str, value: Any) -> None:
                 f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}: only one element can be logged. "
                 "Reduce it first, for example with `.mean()`."
             )
-    elif not isinstance(value, Number) and not is_metric(value):
+    elif not is_metric(value) and (not isinstance(value, Number) or (isinstance(value, Complex) and not isinstance(value, Real))):
         raise ValueError(
             f"`self.log({name!r}, {value!r})`: values of type {type(value).__name__} cannot be logged; "
             "accepted are numbers, one-element tensors and torchmetrics Metrics."
@@ -188,6 +197,8 @@ class Entry:
 
     def add_metric(self, value: Any, weight: float) -> None:
         """Take note of a Metric; it accumulates by itself."""
+        if not is_metric(value):
+            self._refuse_mixture()
         self.source = value
         if self.on_step:
             cached = value._forward_cache
@@ -210,11 +221,13 @@ class Entry:
         value = value.detach()
         if self.on_step:
             # A copy: what was logged must not change when the user changes the tensor in place.
-            self.value = value.clone() if value.dtype in WIDE else value.to(torch.get_default_dtype())
+            self.value = value.clone() if value.dtype in WIDE else value.to(widened(value.dtype))
         if self.on_epoch:
             total = self.total
             if total is None:
                 total = self._new_total(value)
+            elif total.device != value.device:
+                total, value = self._to_one_device(total, value)
             reduction = self.options.reduction
             if reduction == "mean":
                 total.add_(value, alpha=weight)
@@ -232,10 +245,26 @@ class Entry:
         start = {"max": -float("inf"), "min": float("inf")}.get(self.options.reduction, 0.0)
         with torch.inference_mode(False):  # the total outlives the evaluation loop's inference mode
             self.total = torch.full((), start, dtype=wide, device=value.device)
-        self.dtype = value.dtype if value.dtype in WIDE else torch.get_default_dtype()
+        self.dtype = widened(value.dtype)
         return self.total
 
+    def _to_one_device(self, total: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        # From the host to the device, never back: that would wait for it.
+        if total.device.type == "cpu":
+            self.total = total = total.to(value.device)
+            return total, value
+        return total, value.to(total.device)
+
+    def _refuse_mixture(self) -> None:
+        raise MisconfigurationException(
+            f"`self.log({self.name!r}, ...)` got a Metric and a plain value in the same `{self.scope}`: log them under two names."
+        )
+
     def _add_number(self, value: Any, weight: float) -> None:
+        if type(value) not in NUMBERS:
+            check_value(self.name, value)
+            if is_metric(value):
+                self._refuse_mixture()
         value = float(value)
         if self.on_step:
             self.value = value
@@ -252,6 +281,7 @@ class Entry:
             self.weight += weight
 
     def _add_with_graph(self, value: Tensor, weight: float) -> None:
+        value = value.clone()
         if self.on_step:
             self.value = value
         if self.on_epoch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,11 +167,23 @@ class Metrics:
         )
         try:
             yield
+        except BaseException:
+            with suppress(Exception):
+                self.merge_steps()  # what the failed step logged, for on_exception
+            raise
         finally:
             self.entries, self.scope, self.batch, self.batch_size, self.dataloader_idx, self.epoch_ended = outer
 
+    def start(self, *loops: Entries) -> None:
+        """Forget everything before a task, and what a failed one left in the entries of ``loops``."""
+        for entries in loops:
+            self.reset(entries)
+            entries.clear()
+        self._pending.clear()
+        self.clear()
+
     def clear(self) -> None:
-        """Forget everything: before each task, and after the sanity check."""
+        """Forget all values: before each task, and after the sanity check."""
         self._callback, self._steps, self._logged, self._bar = {}, {}, {}, {}
         self._bar_copy, self._bar_snapshot = None, {}
 
@@ -327,18 +339,19 @@ class Metrics:
             self.send(values, step)
         self.settle()
         self.settle_bar()
-        self.reset()
+        self.reset(self.entries or {})
+        self.epoch_ended = False
 
-    def reset(self) -> None:
-        """Empty the entries of the running loop; each Metric is reset once."""
+    @staticmethod
+    def reset(entries: Entries) -> None:
+        """Empty the entries; each Metric is reset once."""
         seen: set[int] = set()
-        for entry in (self.entries or {}).values():
+        for entry in entries.values():
             if entry.source is not None and id(entry.source) in seen:
                 entry.source = None  # logged under two names: it was reset with the first
             elif entry.source is not None:
                 seen.add(id(entry.source))
             entry.reset()
-        self.epoch_ended = False
 
 
 def _as_tensor(value: Any) -> Tensor:

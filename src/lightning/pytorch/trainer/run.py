@@ -69,12 +69,15 @@ def attach(trainer: Trainer, module: LightningModule, datamodule: LightningDataM
     """Bring trainer, module, datamodule and callbacks together, and check that they fit."""
     strategy = trainer.strategy
     trainer.datamodule = datamodule
-    trainer._metrics.clear()
-    trainer._metrics.loggers = trainer.loggers
-    trainer._metrics.every = 1 if trainer.fast_dev_run else trainer.log_every_n_steps
-    trainer._metrics.disabled = trainer.barebones
+    metrics = trainer._metrics
+    metrics.start(trainer.fit_loop.entries, trainer.validate_loop.entries, trainer.test_loop.entries)
+    metrics.loggers = trainer.loggers
+    metrics.every = 1 if trainer.fast_dev_run else trainer.log_every_n_steps
+    metrics.disabled = trainer.barebones
+    if trainer.state.fn is TrainerFn.FITTING or strategy.lightning_module is not module:
+        # A model that is only evaluated keeps them: a checkpoint saved then holds what a resumed fit needs.
+        strategy.optimizers, strategy.lr_scheduler_configs, strategy._lightning_optimizers = [], [], []
     strategy.connect(module)
-    strategy.optimizers, strategy.lr_scheduler_configs, strategy._lightning_optimizers = [], [], []
     module.trainer = trainer
     if datamodule is not None:
         datamodule.trainer = trainer
@@ -125,6 +128,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         module.configure_model()
         if override_of(module, "configure_sharded_model", LightningModule) is not None:
             module.configure_sharded_model()
+    module.trainer = trainer  # modules inside it that were made just now log too
     checkpoint = None
     if path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {path}")

@@ -1,0 +1,58 @@
+# Every target sets up what it needs in .venv: a machine with Python >= 3.10 and make is enough.
+#   make demo PYTHON=python3.12                                            another interpreter
+#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu     on Linux: the small PyTorch, without CUDA
+#   make test ARGS="tests/fabric -k seed"                                  some of the tests
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types check format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed-dev ## create .venv with all that development needs
+
+demo: $(VENV)/.installed-examples ## train, test and draw a network on handwritten digits
+	$(BIN)/python examples/digits.py $(ARGS)
+
+# More than one thread for each of several test processes would only make them wait for each other.
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.installed-dev ## run every test: two at a time, then the slow ones one by one
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -m slow
+else
+	$(BIN)/python -m pytest $(ARGS)
+endif
+
+lint: $(VENV)/.installed-dev ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev ## check types
+	$(BIN)/mypy
+
+check: lint types ## lint and types
+
+format: $(VENV)/.installed-dev ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev ## measure what a step and the import cost
+	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/import_cost.py
+
+clean: ## remove what runs and tools left behind; .venv stays
+	rm -rf build dist demo_runs lightning_logs .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp for each extra: a second call does nothing until the requirements change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=/path/to/python3")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

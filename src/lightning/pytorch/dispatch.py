@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
-# Removed hooks whose results code relies on; the other removed ones only warn.
-REFUSED_HOOKS = ("training_epoch_end", "validation_epoch_end", "test_epoch_end")
+# Removed hooks of the module whose results code relies on, and where they were called; the other removed ones only warn.
+REFUSED_HOOKS = {"training_epoch_end": ("fit",), "validation_epoch_end": ("fit", "validate"), "test_epoch_end": ("test",)}
 
 
 def no_op(*args: Any) -> None:
@@ -53,15 +53,13 @@ class Hooks:
     def __init__(
         self, trainer: Any, module: LightningModule, callbacks: Sequence[Callback], metrics: Metrics, profiler: Any = None
     ) -> None:
-        self.on_train_epoch_end_checkpoints: Hook = no_op
+        # What a checkpoint callback saves must hold what module and schedulers did at the epoch's end.
+        savers = [c for c in callbacks if isinstance(c, Checkpoint)]
+        others = [c for c in callbacks if not isinstance(c, Checkpoint)]
         for name in EVENT_HOOKS:
-            setattr(self, name, _resolve(name, trainer, module, callbacks, metrics, profiler))
-        if self.on_train_epoch_end is not no_op:
-            # What a checkpoint callback saves must hold what module and schedulers did at the epoch's end.
-            savers = [c for c in callbacks if isinstance(c, Checkpoint)]
-            others = [c for c in callbacks if not isinstance(c, Checkpoint)]
-            self.on_train_epoch_end = _resolve("on_train_epoch_end", trainer, module, others, metrics, profiler)
-            self.on_train_epoch_end_checkpoints = _resolve("on_train_epoch_end", trainer, None, savers, metrics, profiler)
+            heard = others if name == "on_train_epoch_end" else callbacks
+            setattr(self, name, _resolve(name, trainer, module, heard, metrics, profiler))
+        self.on_train_epoch_end_checkpoints = _resolve("on_train_epoch_end", trainer, None, savers, metrics, profiler)
 
     def __getattr__(self, name: str) -> Hook:  # for the type checker: __init__ sets one attribute per event
         raise AttributeError(name)
@@ -127,10 +125,10 @@ def sorted_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def check_names(module: LightningModule, datamodule: LightningDataModule | None, callbacks: Sequence[Callback]) -> None:
-    """Find methods that look like hooks and never run: removed ones raise, misspelt ones warn.
+    """Find methods that look like hooks and never run: removed and misspelt ones warn.
 
     Raises:
-        NotImplementedError: for a hook that Lightning 2.0 removed.
+        NotImplementedError: for a hook of the module that Lightning 2.0 removed and that this run would have called.
     """
     module_hooks = [name for name in (*EVENT_HOOKS, *MODULE_HOOKS, *DATA_HOOKS) if hasattr(LightningModule, name)]
     callback_hooks = [*EVENT_HOOKS, "on_exception", "on_save_checkpoint", "on_load_checkpoint"]
@@ -152,12 +150,12 @@ def _check_owner(owner: Any, base: type, hooks: list[str]) -> None:
                 f"`{type(owner).__name__}.{name}` would never run: that hook was removed in Lightning 2.0. "
                 f"Use `{REMOVED_HOOKS[name]}` instead."
             )
-            if name in REFUSED_HOOKS:
+            if base is LightningModule and owner.trainer.state.fn in REFUSED_HOOKS.get(name, ()):
                 raise NotImplementedError(message)
             rank_zero_warn(message)
             continue
         if not name.startswith("_"):
-            close = difflib.get_close_matches(name, hooks, n=1, cutoff=0.86)
+            close = difflib.get_close_matches(name, hooks, n=1, cutoff=0.85)
             if close and close[0] not in defined:
                 rank_zero_warn(
                     f"`{type(owner).__name__}.{name}` is not a hook and will not be called by the trainer. Did you mean `{close[0]}`?"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
+from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -275,10 +276,10 @@ class Trained(Model):
 
 def test_several_optimizers_are_for_manual_optimization(make_trainer: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match=r"returned 2 optimizers.*Set `self.automatic_optimization = False`"):
-        make_trainer().fit(Trained(lambda o: [o, other()]), [0])
+        make_trainer().fit(Trained(lambda o: [o, other()]), DataLoader(range(1)))
     trainer = make_trainer()
     model = Trained(lambda o: [o, other()], automatic=False)
-    trainer.fit(model, [0])
+    trainer.fit(model, DataLoader(range(1)))
     assert [type(o).__name__ for o in model.optimizers()] == ["LightningSGD", "LightningAdam"]
     assert [type(o) for o in trainer.optimizers] == [SGD, Adam]
 
@@ -288,7 +289,7 @@ def test_without_an_optimizer_steps_run_and_nothing_changes(make_trainer: Callab
     model = Trained(lambda o: None)
     before = model.layer.weight.clone()
     trainer = make_trainer()
-    trainer.fit(model, [0, 1])
+    trainer.fit(model, DataLoader(range(2)))
     assert torch.equal(model.layer.weight, before)
     assert trainer.global_step == 2
     assert repr(trainer.optimizers) == "[No Optimizer]"
@@ -301,5 +302,5 @@ def test_a_plateau_scheduler_is_stepped_by_hand_with_any_metric(make_trainer: Ca
             self.lr_schedulers().step(1.0)  # type: ignore[union-attr, call-arg, arg-type]
 
     model = ByHand(lambda o: ([o], [ReduceLROnPlateau(o, patience=0)]), automatic=False)
-    make_trainer().fit(model, [0, 1, 2])
+    make_trainer().fit(model, DataLoader(range(3)))
     assert model.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)

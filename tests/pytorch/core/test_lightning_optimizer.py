@@ -14,6 +14,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -216,7 +217,7 @@ def test_a_step_returns_what_the_closure_does_and_counts(make_trainer: Callable[
             self.seen += [optimizer.step(closure).item(), optimizer.step(), self.global_step, self.weight.item()]
 
     model = Model()
-    make_trainer().fit(model, [0])
+    make_trainer().fit(model, DataLoader(range(1)))
     assert model.seen == [1.0, None, 2, -1.0]
 
 
@@ -237,7 +238,7 @@ def test_keywords_of_a_step_reach_the_wrapped_one(make_trainer: Callable[..., An
             return Counting([self.weight], lr=1.0)
 
     model = Model()
-    make_trainer().fit(model, [0])
+    make_trainer().fit(model, DataLoader(range(1)))
     assert model.seen == [5]
 
 
@@ -255,7 +256,7 @@ def test_a_scheduler_made_of_it_during_a_run_steps(make_trainer: Callable[..., A
 
     model = Model()
     trainer = make_trainer()
-    trainer.fit(model, [0, 1])
+    trainer.fit(model, DataLoader(range(2)))
     assert model.seen == pytest.approx([0.1, 0.01])
     assert trainer.global_step == 2
 
@@ -274,7 +275,7 @@ def test_the_override_of_optimizer_step_gets_it(make_trainer: Callable[..., Any]
             optimizer.step(optimizer_closure)
 
     model = Model()
-    make_trainer().fit(model, [0, 1])
+    make_trainer().fit(model, DataLoader(range(2)))
     assert model.seen == [(0, 0, "LightningSGD", True), (0, 1, "LightningSGD", True)]
     assert model.weight.item() == -1.0
 
@@ -286,5 +287,5 @@ def test_the_plain_ones_are_there_on_request(make_trainer: Callable[..., Any]) -
             self.seen.append((type(plain), self.optimizers().optimizer is plain, self.trainer.optimizers[0] is plain))
 
     model = Model()
-    make_trainer().fit(model, [0])
+    make_trainer().fit(model, DataLoader(range(1)))
     assert model.seen == [(SGD, True, True)]

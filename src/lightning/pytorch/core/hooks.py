@@ -42,14 +42,14 @@ DATA_HOOKS = (
     "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
 )  # fmt: skip
 
-# Gone since Lightning 2.0: defining one is an error, since it would silently never run.
+# Gone since Lightning 2.0, and what took their place: defining one is reported, since it would silently never run.
 REMOVED_HOOKS = {
     "training_epoch_end": "on_train_epoch_end",
-    "training_step_end": "on_train_batch_end",
+    "training_step_end": "training_step",
     "validation_epoch_end": "on_validation_epoch_end",
-    "validation_step_end": "on_validation_batch_end",
+    "validation_step_end": "validation_step",
     "test_epoch_end": "on_test_epoch_end",
-    "test_step_end": "on_test_batch_end",
+    "test_step_end": "test_step",
     "predict_epoch_end": "on_predict_epoch_end",
     "on_epoch_start": "on_train_epoch_start",
     "on_epoch_end": "on_train_epoch_end",
@@ -57,7 +57,7 @@ REMOVED_HOOKS = {
     "on_batch_end": "on_train_batch_end",
     "on_pretrain_routine_start": "on_fit_start",
     "on_pretrain_routine_end": "on_fit_start",
-    "tbptt_split_batch": "manual optimization",
+    "tbptt_split_batch": "training_step",
 }
 
 

@@ -137,7 +137,6 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
         KeyError: if the checkpoint holds weights only.
         MisconfigurationException: if it was saved with other optimizers or schedulers.
     """
-    restore_progress(trainer, checkpoint)
     strategy = trainer.strategy
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
         raise KeyError(
@@ -147,10 +146,11 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     names = checkpoint.get("keraunos", {})
     optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
     _compare("optimizers", names.get("optimizers"), checkpoint["optimizer_states"], optimizers)
-    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
-        strategy.load_optimizer_state(optimizer, state)
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     _compare("learning rate schedulers", names.get("lr_schedulers"), checkpoint["lr_schedulers"], schedulers)
+    restore_progress(trainer, checkpoint)
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
+        strategy.load_optimizer_state(optimizer, state)
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)
     state = checkpoint.get(type(strategy.precision).__qualname__)
@@ -179,23 +179,19 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
         MisconfigurationException: if the run's bounds lie before that point.
     """
     loop = trainer.fit_loop
-    p = loop.progress
     state = checkpoint.get("loops", {}).get("fit_loop", {})
-    if "progress" in state:
-        p.load_state_dict(state["progress"])
-    else:
-        p.load_state_dict(progress_of_lightning(checkpoint))
-    if p.next is Next.EPOCH:
-        p.epoch += 1
-        p.batch_idx = 0
-        p.next = Next.BATCH
-    trainer.validate_loop.seen = list(checkpoint.get("loops", {}).get("validate_loop", {}).get("seen", []))
-    loop.restarting = True
+    progress = state["progress"] if "progress" in state else progress_of_lightning(checkpoint)
+    epoch = progress["epoch"] + (1 if progress["next"] == Next.EPOCH else 0)
     bounded = loop.max_epochs is not None and loop.max_epochs != -1
-    if bounded and p.epoch > loop.max_epochs:  # type: ignore[operator]
+    if bounded and epoch > loop.max_epochs:  # type: ignore[operator]
         raise MisconfigurationException(
             f"The checkpoint is from epoch {checkpoint['epoch']}, and max_epochs={loop.max_epochs} ends before it. Set a higher one."
         )
+    loop.progress.load_state_dict(progress)
+    if loop.progress.next is Next.EPOCH:
+        loop.progress.start_anew()
+    trainer.validate_loop.seen = list(checkpoint.get("loops", {}).get("validate_loop", {}).get("seen", []))
+    loop.restarting = True
 
 
 def progress_of_lightning(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def check_value(name: str, value: Any) -> None:
 
     Raises:
         ValueError: for nested dicts, and anything but numbers, one-element tensors and metrics.
+        TypeError: for complex numbers.
     """
     if isinstance(value, dict):
         raise ValueError(
@@ -90,7 +91,9 @@ def check_value(name: str, value: Any) -> None:
                 f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}: only one element can be logged. "
                 "Reduce it first, for example with `.mean()`."
             )
-    elif not is_metric(value) and (not isinstance(value, Number) or (isinstance(value, Complex) and not isinstance(value, Real))):
+    elif isinstance(value, Complex) and not isinstance(value, Real):
+        raise TypeError(f"`self.log({name!r}, {value!r})`: complex numbers have no order and no place in a log; log their parts or `abs`.")
+    elif not is_metric(value) and not isinstance(value, Number):
         raise ValueError(
             f"`self.log({name!r}, {value!r})`: values of type {type(value).__name__} cannot be logged; "
             "accepted are numbers, one-element tensors and torchmetrics Metrics."

@@ -346,12 +346,13 @@ class Metrics:
     def reset(entries: Entries) -> None:
         """Empty the entries; each Metric is reset once."""
         seen: set[int] = set()
-        for entry in entries.values():
-            if entry.source is not None and id(entry.source) in seen:
-                entry.source = None  # logged under two names: it was reset with the first
-            elif entry.source is not None:
-                seen.add(id(entry.source))
-            entry.reset()
+        with torch.inference_mode(False):  # a Metric's new state may serve in training as well
+            for entry in entries.values():
+                if entry.source is not None and id(entry.source) in seen:
+                    entry.source = None  # logged under two names: it was reset with the first
+                elif entry.source is not None:
+                    seen.add(id(entry.source))
+                entry.reset()
 
 
 def _as_tensor(value: Any) -> Tensor:

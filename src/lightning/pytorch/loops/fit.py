@@ -309,6 +309,7 @@ class FitLoop:
         module, strategy, config = trainer.lightning_module, trainer.strategy, trainer._config
         self.hooks, self.metrics = trainer._hooks, trainer._metrics
         self.metrics.progress = self.progress
+        self.progress.start_anew()
         self.accumulate = trainer.accumulate_grad_batches
         self.prepare = bind.transfer(trainer)
         self.training_step = bind.training_step(trainer)

@@ -36,6 +36,13 @@ class FitProgress:
     stepped: int = 0
     next: Next = Next.BATCH
 
+    def start_anew(self) -> None:
+        """Move to the start of an epoch: of the current one if a failed run left it half-way, of the next if it was through."""
+        if self.next is Next.EPOCH:
+            self.epoch += 1
+        self.batch_idx = 0
+        self.next = Next.BATCH
+
     def state_dict(self) -> dict[str, Any]:
         """The cursor as plain data."""
         return {**asdict(self), "next": self.next.value}

@@ -80,6 +80,7 @@ class Metrics:
         self.entries: Entries | None = None  # of the loop that runs; None outside of one
         self.disabled = False  # barebones: log() does nothing
         self.loggers: list[Any] = []
+        self.muted = False  # the sanity check sends no rows
         self.every = 0  # log_every_n_steps
         self.flush_at: float = NEVER
         self.progress: Any = None  # the fit loop's progress: global_step, epoch
@@ -180,12 +181,18 @@ class Metrics:
             self.reset(entries)
             entries.clear()
         self._pending.clear()
+        self.muted = False
         self.clear()
 
     def clear(self) -> None:
         """Forget all values: before each task, and after the sanity check."""
         self._callback, self._steps, self._logged, self._bar = {}, {}, {}, {}
         self._bar_copy, self._bar_snapshot = None, {}
+
+    def send_to(self, loggers: list[Any]) -> None:
+        """Take the loggers, also in the middle of a run."""
+        self.loggers = loggers
+        self.restart_flush(self.progress.stepped)
 
     def restart_flush(self, stepped: int) -> None:
         """Set when the next flush is due, ``stepped`` batches having been stepped on."""
@@ -304,7 +311,7 @@ class Metrics:
     def send(self, values: dict[str, Any], step: int, with_epoch: bool = True) -> None:
         """Start sending a row to the loggers; rows arrive in the order in which they are sent."""
         self._logged.update(values)
-        if not self.loggers or not values:
+        if not self.loggers or self.muted or not values:
             return
         values = dict(values)
         if "step" in values:  # logging a metric of this name moves the row along the x axis

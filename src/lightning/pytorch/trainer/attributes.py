@@ -402,6 +402,7 @@ class TrainerAttributes:
     @loggers.setter
     def loggers(self, loggers: list[Any] | None) -> None:
         self._loggers = list(loggers or [])
+        self._metrics.send_to(self._loggers)
 
     @property
     def logger(self) -> Any:
@@ -410,7 +411,7 @@ class TrainerAttributes:
 
     @logger.setter
     def logger(self, logger: Any) -> None:
-        self._loggers = [] if not logger else [logger]
+        self.loggers = [logger] if logger else []
 
     @property
     def log_dir(self) -> str | None:

@@ -234,9 +234,9 @@ def sanity_check(trainer: Trainer) -> None:
     with isolate_rng(), trainer._in_stage(RunningStage.SANITY_CHECKING):
         hooks.on_sanity_check_start()
         trainer.validate_loop.limit = trainer.num_sanity_val_steps
-        loggers, metrics.loggers = metrics.loggers, []
+        metrics.muted = True
         trainer.validate_loop.run()
-        metrics.loggers = loggers
+        metrics.muted = False
         hooks.on_sanity_check_end()
     metrics.clear()
     trainer.validate_loop.seen = []

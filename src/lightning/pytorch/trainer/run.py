@@ -71,9 +71,9 @@ def attach(trainer: Trainer, module: LightningModule, datamodule: LightningDataM
     trainer.datamodule = datamodule
     metrics = trainer._metrics
     metrics.start(trainer.fit_loop.entries, trainer.validate_loop.entries, trainer.test_loop.entries)
-    metrics.loggers = trainer.loggers
     metrics.every = 1 if trainer.fast_dev_run else trainer.log_every_n_steps
     metrics.disabled = trainer.barebones
+    metrics.send_to(trainer.loggers)
     if trainer.state.fn is TrainerFn.FITTING or strategy.lightning_module is not module:
         # A model that is only evaluated keeps them: a checkpoint saved then holds what a resumed fit needs.
         strategy.optimizers, strategy.lr_scheduler_configs, strategy._lightning_optimizers = [], [], []

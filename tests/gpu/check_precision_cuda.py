@@ -107,7 +107,8 @@ def check_accelerator(device: torch.device) -> None:
     assert torch.cuda.current_device() == device.index
     assert find_usable_cuda_devices(1) == [0]
     torch.zeros(1, device=device)
-    assert accelerator.get_device_stats(device)["allocated_bytes.all.current"] > 0
+    held = torch.ones(1024, device=device)
+    assert accelerator.get_device_stats(device)["allocated_bytes.all.current"] >= held.nbytes
     try:
         print("   ", get_nvidia_gpu_stats(device))
     except FileNotFoundError as error:

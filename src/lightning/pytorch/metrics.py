@@ -320,6 +320,12 @@ class Metrics:
             values.setdefault("epoch", self.progress.epoch if self.progress is not None else 0)
         self._pending.append((HostCopy(values), step))
 
+    def send_row(self, values: dict[str, Any], step: int) -> None:
+        """Send a row of somebody else's: as it is, in its turn."""
+        if self.loggers:
+            self._pending.append((HostCopy(dict(values)), step))
+            self._deliver(wait=False)
+
     def _deliver(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0][0].ready()):
             copy, step = self._pending.popleft()

@@ -40,7 +40,7 @@ def scheduled(optimizer: optim.Optimizer, name: str | None = None, interval: str
 def stand_in(optimizers: list[optim.Optimizer], configs: list[SimpleNamespace] | None = None) -> SimpleNamespace:
     """What LearningRateMonitor asks of a trainer."""
     metrics: dict[str, float] = {}
-    return SimpleNamespace(
+    trainer = SimpleNamespace(
         add_callback_metrics=metrics.update,
         callback_metrics=metrics,
         log_due=True,
@@ -49,6 +49,13 @@ def stand_in(optimizers: list[optim.Optimizer], configs: list[SimpleNamespace] |
         lr_scheduler_configs=configs or [],
         optimizers=optimizers,
     )
+
+    def send_to_loggers(row: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+
+    trainer.send_to_loggers = send_to_loggers
+    return trainer
 
 
 def row_at_epoch_start(trainer: SimpleNamespace, **kwargs: Any) -> dict[str, float]:

@@ -106,8 +106,7 @@ class LearningRateMonitor(Callback):
         if not row:
             return
         trainer.add_callback_metrics(row)
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step=trainer.log_step)
+        trainer.send_to_loggers(row, trainer.log_step)
 
     def _read(self, name: str, group: dict[str, Any]) -> dict[str, float]:
         row = {name: _number(group["lr"])}

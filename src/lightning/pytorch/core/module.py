@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Union
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.apply_func import apply_to_collection, convert_to_tensors
 from lightning.fabric.utilities.device_dtype_mixin import DeviceDtypeMixin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -362,22 +361,22 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, so that a step of a GAN's one half leaves the other alone."""
-        states: dict[Any, bool] = {}
+        states = dict(self._param_requires_grad_state)  # what a toggle still in force turned off counts as it was before
         for other in self.trainer.optimizers:
             for group in other.param_groups:
                 for parameter in group["params"]:
                     states.setdefault(parameter, parameter.requires_grad)
-        for parameter in states:
-            parameter.requires_grad = False
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.requires_grad = states[parameter]
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter, requires_grad in states.items():
+            parameter.requires_grad = requires_grad and parameter in own
         self._param_requires_grad_state = states
 
     def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
-        """Undo :meth:`toggle_optimizer`."""
+        """Undo :meth:`toggle_optimizer`: the parameters of the other optimizers require gradients again where they did before."""
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for parameter, requires_grad in self._param_requires_grad_state.items():
-            parameter.requires_grad = requires_grad
+            if parameter not in own:
+                parameter.requires_grad = requires_grad
         self._param_requires_grad_state = {}
 
     @contextmanager
@@ -419,6 +418,8 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
             raise MisconfigurationException(f"`gradient_clip_algorithm` is {algorithm!r}; accepted are 'norm' and 'value'.")
         if value is not None:
+            # The scaler of fp16 must meet the optimizer that will step, not its wrapper: it would unscale the gradients twice.
+            optimizer = getattr(optimizer, "optimizer", optimizer)
             trainer.strategy.clip_gradients(optimizer, value, str(algorithm or "norm").lower())
 
     def configure_gradient_clipping(
@@ -481,20 +482,15 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         """Gather tensors, or collections of them, from all processes.
 
         Args:
-            data: a tensor of the same shape on each process, or a collection of such tensors and numbers.
+            data: a tensor of the same shape on each process, or a collection of such tensors, arrays and numbers.
             group: the process group, None for all.
             sync_grads: let gradients flow through the gathering.
 
         Returns:
             the same structure with tensors that have a first dimension of the number of processes, where there are several.
         """
-        group = group if group is not None else torch.distributed.group.WORLD if torch.distributed.is_available() else None
-        strategy = self.trainer.strategy
-
-        def gather(value: Any) -> Any:
-            return strategy.all_gather(torch.as_tensor(value, device=self.device), group=group, sync_grads=sync_grads)
-
-        return apply_to_collection(data, (Tensor, int, float), gather)
+        data = convert_to_tensors(data, self.device)
+        return apply_to_collection(data, Tensor, self.trainer.strategy.all_gather, group=group, sync_grads=sync_grads)
 
     to_onnx = to_onnx
     to_torchscript = to_torchscript

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.data import replace_batch_sampler
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -105,11 +105,7 @@ class PredictionLoop:
             if self.wants_indices:
                 self.epoch_batch_indices[index].append(self.current_batch_indices)
             if self.keeps:
-                self._predictions[index].append(apply_to_collection(outputs, object, _to_host))
-
-
-def _to_host(value: Any) -> Any:
-    return value.cpu() if hasattr(value, "cpu") and callable(value.cpu) else value
+                self._predictions[index].append(move_data_to_device(outputs, "cpu"))
 
 
 class RecordedSampler:

@@ -463,6 +463,15 @@ class TrainerAttributes:
         """Let a callback publish values under ``callback_metrics``."""
         self._metrics.add_callback_metrics(values)
 
+    def send_to_loggers(self, values: dict[str, Any], step: int) -> None:
+        """Let a callback write a row to all loggers, behind the rows that are on their way from the device.
+
+        Args:
+            values: numbers, or tensors of one element.
+            step: the x value.
+        """
+        self._metrics.send_row(values, step)
+
     @property
     def profiler(self) -> Any:
         """The profiler; one that does nothing unless another was given."""

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Run every check of this folder on a machine with a GPU: tests/gpu/run.sh [--device cpu]
+#
+# Such a machine may have upstream's lightning installed, and our package refuses to run beside it. So Python runs without its
+# own site-packages (-S), and finds links to everything in them but upstream in a folder made here.
+set -u
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(cd "$here/../.." && pwd)
+python=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+
+"$python" - "$site" <<'PY' || exit 1
+import os
+import re
+import sys
+
+upstream = re.compile(r"(lightning|pytorch_lightning)(-.*)?$", re.IGNORECASE)
+folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+for folder in filter(os.path.isdir, folders):
+    for name in os.listdir(folder):
+        link = os.path.join(sys.argv[1], name)
+        if not upstream.match(name) and not os.path.lexists(link):
+            os.symlink(os.path.join(folder, name), link)
+PY
+
+export PYTHONPATH="$repository/src:$site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+failed=0
+summary=""
+
+check() { # name of a script, then its arguments
+    local name=$1 start=$SECONDS code
+    shift
+    echo "=== $name"
+    "$python" -S "$here/$name" "$@"
+    code=$?
+    [ "$code" -eq 0 ] || failed=1
+    summary+=$(printf '%-26s %s after %d s' "$name" "$([ "$code" -eq 0 ] && echo passed || echo "FAILED ($code)")" $((SECONDS - start)))$'\n'
+}
+
+check check_precision_cuda.py "$@"
+case " $* " in
+*" cpu "*) summary+="check_utilities_cuda.py    skipped: needs CUDA"$'\n' ;;
+*) check check_utilities_cuda.py ;;
+esac
+check check_trainer_cuda.py "$@"
+printf '\n=== summary\n%s' "$summary"
+exit "$failed"

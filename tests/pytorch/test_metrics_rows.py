@@ -110,7 +110,8 @@ def test_metric_named_step_moves_the_row(make_trainer: Any, numbers: Any, Rows: 
 def test_sanity_check_sends_nothing(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
     class Model(Logging):  # type: ignore[misc]
         def on_train_start(self) -> None:
-            self.metrics_before = (dict(self.trainer.callback_metrics), dict(self.trainer.logged_metrics), self.trainer.progress_bar_metrics)
+            trainer = self.trainer
+            self.metrics_before = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
 
     rows, model = Rows(), Model()
     make_trainer(logger=rows, num_sanity_val_steps=2).fit(model, numbers(1), numbers(2))

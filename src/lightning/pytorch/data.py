@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, SequentialSampler
@@ -37,13 +37,13 @@ class TrainLoader:
     Args:
         combined: one loader, or several under a CombinedLoader's mode.
         num_batches: batches in an epoch, infinity if unknown.
-        length_is_known: whether the loader really gives as many as it says.
+        length_is_exact: whether the loader surely gives as many as it says.
     """
 
-    def __init__(self, combined: CombinedLoader, num_batches: float, length_is_known: bool) -> None:
+    def __init__(self, combined: CombinedLoader, num_batches: float, length_is_exact: bool) -> None:
         self.combined = combined
         self.num_batches = num_batches
-        self.length_is_known = length_is_known
+        self.length_is_exact = length_is_exact
         # One plain loader is iterated as it is; several give (batch, batch_idx, dataloader_idx), of which the batch is wanted.
         single = len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
         self.iterable: Iterable[Any] = combined.flattened[0] if single else _Batches(combined)
@@ -145,9 +145,8 @@ class RunData:
         if length == 0 and config.limit_train_batches != 0:
             raise MisconfigurationException(f"{self._asked_what('train')} gave a loader of length 0: there is nothing to train on.")
         num_batches = limited(length, config.limit_train_batches, "limit_train_batches")
-        known = length != UNBOUNDED and not any(has_iterable_dataset(loader) for loader in combined.flattened)
         self._warn_of_interval(num_batches)
-        return TrainLoader(combined, num_batches, known)
+        return TrainLoader(combined, num_batches, all(_length_is_exact(loader) for loader in combined.flattened))
 
     def _warn_of_interval(self, num_batches: float) -> None:
         every = self.trainer._config.log_every_n_steps
@@ -258,6 +257,18 @@ class _Sized:
         if self.combined.batch_count() == UNBOUNDED:
             raise TypeError("one of the combined loaders has no length")
         return int(self.combined.batch_count())
+
+
+def _length_is_exact(loader: Any) -> bool:
+    """Whether ``len`` cannot be wrong: of a sequence, or where samplers of torch draw from a dataset with indices."""
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, Sequence)
+    if has_iterable_dataset(loader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    return all(
+        each is None or isinstance(each, Sequence) or type(each).__module__.startswith("torch.")
+        for each in (loader.batch_sampler, loader.sampler)
+    )
 
 
 def _check_iterable(loader: Any, source: str) -> None:

@@ -31,7 +31,6 @@ def sgd(net: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
 
-@pytest.mark.xfail(strict=True, reason="an epoch ends without exhausting its loader, whose sampler then draws one permutation less")
 def test_parity_with_a_generator_of_the_loader(parity: Any, batches: Any) -> None:
     parity(plain_loop, sgd, loader=lambda: batches(generator=torch.Generator().manual_seed(5)), max_epochs=EPOCHS)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 Prepare = Callable[[Any], Any]
@@ -22,20 +23,27 @@ def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare) ->
         prepare: moves a batch to the device.
     """
     index = start
-    for batch in islice(loader, start, None):
+    # A loader that is not limited is read to its very end, as by a `for` loop: its sampler and its workers finish.
+    for batch in islice(loader, start, None if stop == sized_len(loader) else int(stop)):
         index += 1
-        is_last = index >= stop
-        yield prepare(batch), is_last
-        if is_last:
-            return
+        yield prepare(batch), index == stop
 
 
 def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepare) -> Iterator[tuple[Any, bool]]:
-    """Yield ``(batch, is_last)`` of a loader of unknown length: one raw batch is fetched ahead to know the last."""
+    """Yield ``(batch, is_last)`` of a loader whose length is not known, or not for sure: one raw batch is fetched ahead.
+
+    Raises:
+        MisconfigurationException: if the loader gives no batch at all.
+    """
     batches = islice(loader, start, None if stop == float("inf") else int(stop))
     try:
         batch = next(batches)
     except StopIteration:
+        if start == 0:
+            raise MisconfigurationException(
+                f"The training loader, a {type(loader).__name__}, gave no batch in this epoch: there is nothing to train on. "
+                "It must give its batches anew in each epoch, which a generator, for one, cannot do."
+            ) from None
         return
     for following in batches:
         yield prepare(batch), False

@@ -68,7 +68,7 @@ class FitLoop:
         p, hooks, metrics = self.progress, self.hooks, self.metrics
         if self.finished():
             return
-        with metrics.collecting(self.entries):
+        with torch.enable_grad(), metrics.collecting(self.entries):
             hooks.on_train_start()
             while not self.finished():
                 self.trainer._data.reload_train_if_due(p.epoch)
@@ -126,7 +126,7 @@ class FitLoop:
         assert loader is not None
         if p.next is not Next.BATCH or p.batch_idx >= loader.num_batches:
             return iter(())
-        source = counted if loader.length_is_known else looked_ahead
+        source = counted if loader.length_is_exact else looked_ahead
         return source(loader.iterable, p.batch_idx, loader.num_batches, self.prepare)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class FitLoop:
             return False
         if self.val_seconds is not None:
             return time.monotonic() - self.validated_at >= self.val_seconds
-        if trainer.should_stop and self.may_stop():
+        if trainer.should_stop and self.updates and self.may_stop():
             return True  # the last weights are validated too
         if self.val_every == UNBOUNDED:
             return self.is_last
@@ -371,11 +371,11 @@ def val_check_batches(config: Any, num_batches: float) -> float:
                 "To count batches across epochs, set check_val_every_n_epoch=None."
             )
         return interval
+    if interval == 1.0:
+        return UNBOUNDED  # with the last batch, whichever it turns out to be
     if num_batches == UNBOUNDED:
-        if interval != 1.0:
-            raise MisconfigurationException(
-                f"val_check_interval={interval} is a fraction of an epoch, and the training loader has no length. "
-                "Give 1.0, or a number of batches."
-            )
-        return UNBOUNDED
+        raise MisconfigurationException(
+            f"val_check_interval={interval} is a fraction of an epoch, and the training loader has no length. "
+            "Give 1.0, or a number of batches."
+        )
     return max(1, int(num_batches * interval))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Union
 
@@ -13,7 +15,7 @@ from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import Dataset
 
     import lightning.pytorch as pl
 
@@ -39,10 +41,25 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "datamodule_hparams_type"
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Subclasses written for Lightning may pass on what they were given; there is nothing here that would take it.
         super().__init__()
         HyperparametersMixin.__init__(self)
         self.trainer: pl.Trainer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None}
+
+    def __str__(self) -> str:
+        """The sizes of the data sets, as far as there are loaders already."""
+        lines = []
+        for title, stage in (("Train", "train"), ("Validation", "val"), ("Test", "test"), ("Predict", "predict")):
+            try:
+                loaders = getattr(self, f"{stage}_dataloader")()
+            except Exception:  # not defined, or `setup` has not run: printing must not fail for that
+                loaders = None
+            lines.append(f"{{{title} dataloader: {_sizes(loaders)}}}")
+        return "\n".join(lines)
 
     @classmethod
     def from_datasets(
@@ -58,36 +75,38 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         """Make a datamodule from data sets: training data is shuffled, the rest is not.
 
         Args:
-            train_dataset: a data set, or a sequence or mapping of them, each of which gets a loader.
+            train_dataset: a data set, or a list, tuple or mapping of them, each of which gets a loader.
             val_dataset: likewise.
             test_dataset: likewise.
             predict_dataset: likewise.
-            batch_size: samples in a batch.
-            num_workers: processes that load data; 0 loads in the main process.
+            batch_size: samples in a batch; passed on to ``__init__`` too where that takes it.
+            num_workers: processes that load data; 0 loads in the main process. Passed on likewise.
             **datamodule_kwargs: arguments for the class's ``__init__``.
+
+        Raises:
+            TypeError: if there are such arguments, and the class's ``__init__`` takes none.
+
+        Example::
+
+            >>> datamodule = LightningDataModule.from_datasets(range(10), val_dataset=[range(4), range(6)], batch_size=5)
+            >>> len(datamodule.train_dataloader()), len(datamodule.val_dataloader())
+            (2, 2)
         """
-        from torch.utils.data import DataLoader, IterableDataset
-
-        def loader(dataset: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
-            shuffle = shuffle and not isinstance(dataset, IterableDataset)
-            return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers, pin_memory=num_workers > 0)
-
-        def loaders(datasets: Any, shuffle: bool) -> Any:
-            if isinstance(datasets, Mapping):
-                return {key: loader(dataset, shuffle) for key, dataset in datasets.items()}
-            if isinstance(datasets, (list, tuple)):
-                return [loader(dataset, shuffle) for dataset in datasets]
-            return loader(datasets, shuffle)
-
-        datamodule = cls(**datamodule_kwargs)
-        for hook, datasets, shuffle in (
-            ("train_dataloader", train_dataset, True),
-            ("val_dataloader", val_dataset, False),
-            ("test_dataloader", test_dataset, False),
-            ("predict_dataloader", predict_dataset, False),
-        ):
+        if cls.__init__ is LightningDataModule.__init__:
+            if datamodule_kwargs:
+                raise TypeError(
+                    f"`{cls.__name__}.from_datasets` got {sorted(datamodule_kwargs)}, and {cls.__name__} has no `__init__` for them."
+                )
+            datamodule = cls()
+        else:
+            parameters = inspect.signature(cls.__init__).parameters
+            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            common = {"batch_size": batch_size, "num_workers": num_workers}
+            datamodule = cls(**datamodule_kwargs, **{name: value for name, value in common.items() if takes_all or name in parameters})
+        for stage, datasets in (("train", train_dataset), ("val", val_dataset), ("test", test_dataset), ("predict", predict_dataset)):
             if datasets is not None:
-                setattr(datamodule, hook, lambda datasets=datasets, shuffle=shuffle: loaders(datasets, shuffle))
+                # A partial, unlike a function defined here, can be sent to another process.
+                setattr(datamodule, f"{stage}_dataloader", partial(_loaders, datasets, stage == "train", batch_size, num_workers))
         return datamodule
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,3 +142,32 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         return _load_from_checkpoint(  # type: ignore[no-any-return]
             cls, checkpoint_path, map_location=map_location, hparams_file=hparams_file, strict=None, weights_only=weights_only, **kwargs
         )
+
+
+def _loaders(datasets: Any, shuffle: bool, batch_size: int, num_workers: int) -> Any:
+    """A loader for a data set; for a collection of data sets, the same collection of loaders."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    from lightning.fabric.accelerators.cuda import is_cuda_available
+
+    if isinstance(datasets, Mapping):
+        return {key: _loaders(dataset, shuffle, batch_size, num_workers) for key, dataset in datasets.items()}
+    if isinstance(datasets, (list, tuple)):
+        loaders = [_loaders(dataset, shuffle, batch_size, num_workers) for dataset in datasets]
+        return loaders if isinstance(datasets, list) else tuple(loaders)
+    shuffle = shuffle and not isinstance(datasets, IterableDataset)
+    return DataLoader(datasets, batch_size, shuffle=shuffle, num_workers=num_workers, pin_memory=is_cuda_available())
+
+
+def _sizes(loaders: Any) -> str:
+    """The number of samples of a loader, or of each in a collection; ``NA`` where there is no telling."""
+    if loaders is None:
+        return "None"
+    if isinstance(loaders, Mapping):
+        return " ; ".join(f"{key}. {_sizes(loader)}" for key, loader in loaders.items())
+    if isinstance(loaders, (list, tuple)):
+        return " ; ".join(f"{index}. {_sizes(loader)}" for index, loader in enumerate(loaders, 1))
+    try:
+        return f"size={len(getattr(loaders, 'dataset', loaders))}"
+    except (TypeError, NotImplementedError):
+        return "size=NA"

@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_context
@@ -124,11 +125,10 @@ def _child(pipe: Any, where: tuple[str, str], rank: int, size: int, arguments: t
         outcome = Outcome(error=type(error).__name__, message=str(error), trace=traceback.format_exc())
     outcome.seconds = time.monotonic() - started
     faulthandler.cancel_dump_traceback_later()
-    pipe.send(outcome)
-    try:
+    with suppress(EOFError, OSError):
+        pipe.send(outcome)
         pipe.recv()  # until the others are done too: they may still read what this process sent them
-    except EOFError:
-        os._exit(0)  # nothing that a failed run left behind can hold up the end
+    os._exit(0)  # nothing that a failed run left behind can hold up the end
 
 
 def _load(path: str, qualname: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-__all__ = ["LayerSync", "SyncBatchNorm", "TorchSyncBatchNorm"]
+__all__ = ["HostSyncBatchNorm", "LayerSync", "TorchSyncBatchNorm"]
 
 
 class LayerSync(ABC):
@@ -31,7 +31,8 @@ class LayerSync(ABC):
 class TorchSyncBatchNorm(LayerSync):
     """Every batch normalisation uses the statistics of the batches of all processes.
 
-    Parameters, buffers, hooks and names stay; :meth:`revert` gives each layer the class back that it had.
+    Parameters, buffers, hooks and names stay; :meth:`revert` gives each layer the class back that it had. The layers become
+    torch's own ``SyncBatchNorm``, and, where processes compute on the CPU, which that does not serve, :class:`HostSyncBatchNorm`.
 
     Example::
 
@@ -42,7 +43,7 @@ class TorchSyncBatchNorm(LayerSync):
     """
 
     def apply(self, model: Module) -> Module:
-        """Return ``model`` with a :class:`SyncBatchNorm` in the place of each batch normalisation."""
+        """Return ``model``, which is on its device already, with synchronised layers in the place of batch normalisation."""
         return _replaced(model, _synced, {})
 
     def revert(self, model: Module) -> Module:
@@ -50,21 +51,25 @@ class TorchSyncBatchNorm(LayerSync):
         return _replaced(model, _unsynced, {})
 
 
-class SyncBatchNorm(torch.nn.SyncBatchNorm):
-    """Torch's own on devices that it serves; on the CPU it computes the same with two all-reduces.
+class HostSyncBatchNorm(_BatchNorm):
+    """What torch's ``SyncBatchNorm`` computes, with two all-reduces, on any device.
 
-    A process may come with an empty batch: it takes part, and counts nothing.
+    A process may come with an empty batch: it takes part, and counts nothing. It is no ``torch.nn.SyncBatchNorm``, because
+    DistributedDataParallel refuses those on the CPU.
     """
 
-    unsynced_class: type[Module]
+    process_group: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not self.training or not _distributed_is_initialized():
+        if not self.training or not _distributed_is_initialized():
             return super().forward(input)
-        group = self.process_group or torch.distributed.group.WORLD
-        return self._forward_on_cpu(input, group)
+        return self._forward_together(input, self.process_group or torch.distributed.group.WORLD)
 
-    def _forward_on_cpu(self, input: Tensor, group: Any) -> Tensor:
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"Batch normalisation needs an input of at least 2 dimensions, and got {input.dim()}.")
+
+    def _forward_together(self, input: Tensor, group: Any) -> Tensor:
         self._check_input_dim(input)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
@@ -112,7 +117,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _synced(layer: Module) -> Module:
-    if not isinstance(layer, _BatchNorm) or isinstance(layer, torch.nn.SyncBatchNorm):
+    if not isinstance(layer, _BatchNorm) or isinstance(layer, (torch.nn.SyncBatchNorm, HostSyncBatchNorm)):
         return layer
     if type(layer).forward is not _BatchNorm.forward:
         rank_zero_warn(
@@ -125,15 +130,16 @@ def _synced(layer: Module) -> Module:
             f"sync_batchnorm: the layer {type(layer).__name__} has not seen a batch, so its size is not known. Run one through the model "
             "first, or use BatchNorm1d, BatchNorm2d or BatchNorm3d."
         )
-    synced = _with_class(layer, SyncBatchNorm)
+    on_host = _distributed_is_initialized() and all(tensor.device.type == "cpu" for tensor in [*layer.parameters(), *layer.buffers()])
+    synced = _with_class(layer, HostSyncBatchNorm if on_host else torch.nn.SyncBatchNorm)
     vars(synced).update(process_group=None, unsynced_class=type(layer))
     return synced
 
 
 def _unsynced(layer: Module) -> Module:
-    if not isinstance(layer, SyncBatchNorm) or "unsynced_class" not in vars(layer):
+    if "unsynced_class" not in vars(layer):
         return layer
-    unsynced = _with_class(layer, layer.unsynced_class)
+    unsynced = _with_class(layer, vars(layer)["unsynced_class"])
     for name in ("process_group", "unsynced_class"):
         del vars(unsynced)[name]
     return unsynced

@@ -107,9 +107,9 @@ class DDPStrategy(ParallelStrategy):
             training: False leaves it unwrapped, for evaluation, which needs no buckets of gradients.
         """
         module = self.precision.convert_module(module)
+        self.module_to_device(module)
         if self.layer_sync is not None:
             module = self.layer_sync.apply(module)
-        self.module_to_device(module)
         if training and any(parameter.requires_grad for parameter in module.parameters()):
             return self.wrap(module)
         collectives.broadcast_tensors([*module.parameters(), *module.buffers()])
@@ -180,7 +180,8 @@ class DDPStrategy(ParallelStrategy):
         result = super().optimizer_step(optimizer, closure, **kwargs)
         if self._averages:
             # Also after a step that the fp16 scaler left out: every process has to count the same steps.
-            self._averages[optimizer]([parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None])
+            trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._averages[optimizer](trained)
         return result
 
     # ---- evaluation -------------------------------------------------------------------------------------------------

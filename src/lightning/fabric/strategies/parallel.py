@@ -43,6 +43,9 @@ class ParallelStrategy(Strategy):
     """
 
     strategy_name = "parallel"
+    parallel_devices: list[torch.device] | None = None
+    num_nodes: int = 1
+    launcher: Any = None  # starts the processes; None where something else has
 
     def __init__(
         self,
@@ -59,7 +62,6 @@ class ParallelStrategy(Strategy):
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision or precision_plugin)
         self.parallel_devices = parallel_devices
         self.cluster_environment = cluster_environment
-        self.num_nodes = 1
         self.timeout = timeout
         self.layer_sync: LayerSync | None = None
         self._process_group_backend = process_group_backend

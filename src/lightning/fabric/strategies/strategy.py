@@ -184,6 +184,9 @@ class Strategy:
         """A context in which backward keeps gradients local, for all but the last batch of an accumulation window."""
         return nullcontext()
 
+    def pre_backward(self, tensor: Any) -> None:
+        """To be called in manual optimization before backward runs on ``tensor``, however the user runs it."""
+
     def backward(self, tensor: Tensor, module: Module | None = None, *args: Any, **kwargs: Any) -> None:
         """Run backward on a scalar, scaled where the precision needs it."""
         tensor = self.precision.pre_backward(tensor, module)
@@ -204,6 +207,15 @@ class Strategy:
         """Reduce a tensor over all processes."""
         return tensor
 
+    def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
+        """Reduce many values at once, each with those of the same name in the other processes; all of them must call it.
+
+        Args:
+            values: for each name a tensor, and how to reduce it: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``.
+            group: the processes; None for all.
+        """
+        return {name: tensor for name, (tensor, _) in values.items()}
+
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Another name of :meth:`reduce`."""
         return self.reduce(tensor, group, reduce_op)
@@ -222,6 +234,9 @@ class Strategy:
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all processes, or any, say True."""
         return decision
+
+    def sync_buffers(self) -> None:
+        """Give every process the buffers of rank 0, before evaluation; all of them must call it."""
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

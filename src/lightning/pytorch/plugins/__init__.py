@@ -1,4 +1,7 @@
 """The documented import path of the plugins, which fabric owns."""
 
 from lightning.fabric.plugins import *  # noqa: F403
-from lightning.fabric.plugins import __all__ as __all__
+from lightning.fabric.plugins import __all__ as _fabric
+from lightning.fabric.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+
+__all__ = ["LayerSync", "TorchSyncBatchNorm", *_fabric]

@@ -18,9 +18,11 @@ FABRIC_LAYERS = {
     "checkpoint": "utilities",
     "collectives": "utilities",
     "loggers": "utilities",
-    "strategies": "accelerators precision checkpoint collectives utilities",
-    "runtime": "strategies accelerators precision quantization checkpoint collectives utilities",
-    "plugins": "precision quantization checkpoint collectives utilities",
+    "plugins": "accelerators precision quantization checkpoint collectives utilities",
+    "launchers": "plugins utilities",
+    "uneven": "collectives plugins utilities",
+    "strategies": "uneven launchers plugins accelerators precision checkpoint collectives utilities",
+    "runtime": "strategies accelerators precision quantization checkpoint collectives plugins utilities",
 }
 # Every part of ``pytorch`` may import ``fabric`` as well.
 PYTORCH_LAYERS = {
@@ -40,6 +42,7 @@ PYTORCH_LAYERS = {
     "accelerators": "",
     "strategies": "",
     "plugins": "",
+    "overrides": "",
 }
 
 # Modules that stand lower than their package: names without dependencies of their own.

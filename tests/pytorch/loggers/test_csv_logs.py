@@ -145,7 +145,8 @@ def test_trainer_resuming_into_the_same_version_keeps_the_rows() -> None:
         logger=CSVLogger("logs", version=0), max_epochs=2, log_every_n_steps=1, limit_train_batches=2, limit_val_batches=1,
         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
-    again.fit(LoggingModel(), ckpt_path=checkpoint)
+    with pytest.warns(UserWarning, match="callbacks that this trainer does not have"):
+        again.fit(LoggingModel(), ckpt_path=checkpoint)
     assert [row["step"] for row in rows_of(CSVLogger("logs", version=0))] == ["0", "1", "1", "2", "3", "3"]
 
 

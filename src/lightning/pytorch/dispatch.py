@@ -97,11 +97,11 @@ def _chain(functions: list[Hook], own: Hook | None) -> Hook:
 def scoped(function: Hook, name: str, metrics: Metrics) -> Hook:
     """``function`` with ``metrics.scope`` set to ``name`` while it runs."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         outer = metrics.scope
         metrics.scope = name
         try:
-            return function(*args)
+            return function(*args, **kwargs)
         finally:
             metrics.scope = outer
 

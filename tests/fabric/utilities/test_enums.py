@@ -26,6 +26,8 @@ def test_members_equal_their_value_in_any_case(other: object) -> None:
     member = Mode.SLOW
     assert other == member
     assert member == other
+    assert not other != member  # noqa: SIM202
+    assert not member != other  # noqa: SIM202
 
 
 @pytest.mark.parametrize("other", ["fast", Mode.FAST_RUN, Other.NUMBER, None, 1, b"slow"])
@@ -33,6 +35,7 @@ def test_members_differ_from_all_else(other: object) -> None:
     member = Mode.SLOW
     assert other != member
     assert member != other
+    assert not member == other  # noqa: SIM201
 
 
 def test_members_and_their_values_are_the_same_key() -> None:

@@ -33,6 +33,9 @@ class LightningEnum(str, Enum):
             other = other.value
         return isinstance(other, str) and self.value.lower() == other.lower()
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # else that of str would be used, which knows nothing of case
+
     def __hash__(self) -> int:
         return hash(self.value.lower())
 

@@ -94,7 +94,7 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
 
     @trainer.setter
     def trainer(self, trainer: pl.Trainer | None) -> None:
-        metrics = None if trainer is None else trainer._metrics
+        metrics = getattr(trainer, "_metrics", None)  # a stand-in in somebody's tests has none
         for module in self.modules():  # submodules that are LightningModules log and look up the trainer too
             if isinstance(module, LightningModule):
                 module.__dict__["_trainer"] = trainer
@@ -411,7 +411,8 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         ):
             if given is not None and theirs is not None and given != theirs:
                 raise MisconfigurationException(
-                    f"`clip_gradients({name}={given!r})` contradicts `Trainer({name}={theirs!r})`: set it in one place only."
+                    f"`clip_gradients({name}={given!r})` contradicts `Trainer({name}={getattr(theirs, 'value', theirs)!r})`: "
+                    "set it in one place only."
                 )
         value = trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm = trainer.gradient_clip_algorithm if gradient_clip_algorithm is None else gradient_clip_algorithm

@@ -195,7 +195,8 @@ def test_reading_the_estimated_steps_changes_nothing(Weight: Any, make_trainer: 
     (one, once), (other, again) = run(read=False), run(read=True)
     assert estimates == [6, 6]
     assert once == again == ["loader"]
-    assert one.seen == other.seen and torch.equal(one.weight, other.weight)
+    assert one.seen == other.seen
+    assert torch.equal(one.weight, other.weight)
 
 
 def test_estimated_steps_follow_a_schedule_of_accumulation(Weight: Any, make_trainer: Any, numbers: Any) -> None:
@@ -223,18 +224,21 @@ def test_stream_without_a_bound_has_no_end(Weight: Any, make_trainer: Any, strea
     assert estimates == [float("inf")]
 
 
-def test_metrics_of_each_validation_loader_are_there_when_validation_ends(Evaluated: Any, make_trainer: Any, numbers: Any) -> None:
+def test_metrics_of_several_validation_loaders_are_there_in_the_sanity_check_too(Evaluated: Any, make_trainer: Any, numbers: Any) -> None:
     seen: list[dict[str, float]] = []
 
     class Model(Evaluated):  # type: ignore[misc]
         def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("val", batch.mean())
 
-        def on_validation_epoch_end(self) -> None:
-            seen.append({name: float(value) for name, value in self.trainer.callback_metrics.items()})
+    class Look(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
-    make_trainer().fit(Model(), numbers(1), [numbers(1, start=3), numbers(1, start=5)])
-    assert seen == [{"val/dataloader_idx_0": 3.0, "val/dataloader_idx_1": 5.0}]
+        on_validation_end = on_validation_epoch_end
+
+    make_trainer(callbacks=Look(), num_sanity_val_steps=1).fit(Model(), numbers(1), [numbers(1, start=3), numbers(1, start=5)])
+    assert seen == [{"val/dataloader_idx_0": 3.0, "val/dataloader_idx_1": 5.0}] * 4
 
 
 def test_max_epochs_is_none_until_fit(Weight: Any, make_trainer: Any, numbers: Any) -> None:
@@ -279,7 +283,8 @@ def test_evaluation_steps_may_return_anything(Weight: Any, make_trainer: Any, nu
             seen.append(outputs)
 
     make_trainer().validate(Model(), numbers(1), verbose=False)
-    assert len(seen) == 1 and type(seen[0]) is type(result)
+    assert len(seen) == 1
+    assert type(seen[0]) is type(result)
 
 
 def test_hook_that_is_set_in_mid_run_counts_from_the_next_run_on(Weight: Any, make_trainer: Any, numbers: Any) -> None:

@@ -266,7 +266,7 @@ def through_ddp(ddp: DistributedDataParallel, function: Callable[..., Any], prep
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         slot["call"] = partial(function, *args, **kwargs)
-        return ddp()
+        return ddp(None)  # with device_ids, DDP wants something to move to the device
 
     @wraps(function)
     def run_with_backward(*args: Any, **kwargs: Any) -> Any:
@@ -277,7 +277,7 @@ def through_ddp(ddp: DistributedDataParallel, function: Callable[..., Any], prep
 
         slot["call"] = call
         try:
-            return ddp()
+            return ddp(None)
         finally:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
 

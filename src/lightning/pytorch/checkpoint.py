@@ -183,7 +183,7 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
     progress = state["progress"] if "progress" in state else progress_of_lightning(checkpoint)
     epoch = progress["epoch"] + (1 if progress["next"] == Next.EPOCH else 0)
     bounded = loop.max_epochs is not None and loop.max_epochs != -1
-    if bounded and epoch > loop.max_epochs:  # type: ignore[operator]
+    if bounded and epoch > loop.max_epochs:
         raise MisconfigurationException(
             f"The checkpoint is from epoch {checkpoint['epoch']}, and max_epochs={loop.max_epochs} ends before it. Set a higher one."
         )

@@ -282,7 +282,7 @@ def _unshuffled(loader: Any, stage: str) -> Any:
     if not isinstance(loader, DataLoader) or not is_shuffled(loader):
         return loader
     rank_zero_warn(f"`overfit_batches` was set, so the shuffling of the {stage} loader is turned off.")
-    return replace_sampler(loader, SequentialSampler(loader.dataset))
+    return replace_sampler(loader, SequentialSampler(loader.dataset))  # type: ignore[arg-type]
 
 
 def limited(length: float, limit: float, name: str) -> float:

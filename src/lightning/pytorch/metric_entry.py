@@ -82,9 +82,7 @@ def check_value(name: str, value: Any) -> None:
         TypeError: for complex numbers.
     """
     if isinstance(value, dict):
-        raise ValueError(
-            f"`self.log({name!r}, {value})`: nested dictionaries cannot be logged; log each item under its own name."
-        )
+        raise ValueError(f"`self.log({name!r}, {value})`: nested dictionaries cannot be logged; log each item under its own name.")
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -119,9 +117,7 @@ def resolve_options(name: str, scope: str | None, given: tuple[Any, ...]) -> Opt
     on_step = default_step if on_step is None else on_step
     on_epoch = default_epoch if on_epoch is None else on_epoch
     if scope in EPOCH_ONLY and on_step:
-        raise MisconfigurationException(
-            f"`self.log({name!r}, on_step=True)` is not possible inside `{scope}`, no step: leave it out."
-        )
+        raise MisconfigurationException(f"`self.log({name!r}, on_step=True)` is not possible inside `{scope}`, no step: leave it out.")
     if scope in EPOCH_ONLY and not on_epoch:
         raise MisconfigurationException(f"`self.log({name!r}, on_epoch=False)` inside `{scope}` would log nothing: leave it out.")
     if not on_step and not on_epoch:

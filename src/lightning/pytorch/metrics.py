@@ -136,10 +136,11 @@ class Metrics:
             return known
         assert self.scope is not None
         if not options.add_dataloader_idx and any(
-            other.name == name and other.scope == self.scope and other.dataloader_idx != self.dataloader_idx for other in self.entries.values()
+            other.name == name and other.scope == self.scope and other.dataloader_idx != self.dataloader_idx
+            for other in self.entries.values()
         ):
             raise MisconfigurationException(
-                f"`self.log({name!r}, add_dataloader_idx=False)` was called for several loaders in `{self.scope}`, whose values would be mixed "
+                f"`self.log({name!r}, add_dataloader_idx=False)` was called for several loaders in `{self.scope}`, whose values would mix "
                 "under one name. Give each loader a name of its own, or leave out `add_dataloader_idx`."
             )
         entry = Entry(name, self.scope, self.dataloader_idx, given, options)

@@ -96,7 +96,7 @@ class TensorBoardLogger(Logger, FabricTensorBoardLogger):
         super().log_hyperparams(fields, metrics, step)
 
     @rank_zero_only
-    def log_graph(self, model: pl.LightningModule, input_array: Tensor | tuple[Tensor, ...] | None = None) -> None:  # type: ignore[override]
+    def log_graph(self, model: pl.LightningModule, input_array: Tensor | tuple[Tensor, ...] | None = None) -> None:
         """Write the graph of the operations in the model's ``forward``, which is traced once; with ``log_graph=True`` only.
 
         Args:

@@ -88,7 +88,7 @@ def backward(trainer: Trainer) -> Callable[..., None]:
         and type(precision).post_backward is Precision.post_backward
     )
     if override is None:
-        return Tensor.backward if plain else partial(_strategy_backward, strategy, module)  # type: ignore[return-value]
+        return Tensor.backward if plain else partial(_strategy_backward, strategy, module)
     override = scoped(override, "backward", trainer._metrics)
     if plain:
         return override

@@ -8,10 +8,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.dispatch import no_op, override_of, scoped, spanned
 from lightning.pytorch.loops import bind
@@ -104,7 +103,7 @@ class EvaluationLoop:
         prepare = bind.transfer(self.trainer, index)
         start, end, step, forward_context, takes_index = self.start, self.end, self.step, self.forward_context, self.takes_index
         scope = f"{self.name}_step"
-        self.batch_idx = 0
+        self.batch_idx, before = 0, seen[index]
         for batch_idx, raw in enumerate(islice(loader, int_or_none(self.num_batches[index]))):
             self.batch_idx = batch_idx
             batch = prepare(raw)
@@ -118,6 +117,8 @@ class EvaluationLoop:
             if self.logs_steps():
                 metrics.send_step_values(seen[index], with_epoch=False)
             seen[index] += 1
+        if seen[index] == before:
+            rank_zero_warn(f"The {self.source} loader number {index}, a {type(loader).__name__}, gave no batch: nothing was computed.")
 
     def logs_steps(self) -> bool:
         """Whether a step value of this loop goes to the loggers; not while the sanity check runs."""

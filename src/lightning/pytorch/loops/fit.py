@@ -186,11 +186,12 @@ class FitLoop:
                 self.told_of_none = True
                 rank_zero_warn("`training_step` returned None: such a batch is skipped. If that is intended, ignore this warning.")
             return None
-        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
-            return outputs["loss"]
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if isinstance(loss, Tensor):
+            return loss
         keys = f"a dict with the keys {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else f"{outputs!r}"
         raise MisconfigurationException(
-            f"`training_step` returned {keys}, a {type(outputs).__name__}. With automatic optimization it must return the loss as a tensor, "
+            f"`training_step` returned {keys}, a {type(outputs).__name__}. In automatic optimization return the loss as a tensor, "
             "a dict with the loss under 'loss', or None to skip the batch."
         )
 

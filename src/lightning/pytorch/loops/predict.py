@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.fabric.utilities.data import replace_batch_sampler
+from lightning.fabric.utilities.data import has_iterable_dataset, replace_batch_sampler
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks.prediction_writer import BasePredictionWriter
@@ -132,9 +132,9 @@ class RecordedSampler:
 
 def recorded(loader: Any, loop: PredictionLoop) -> Iterator[Any]:
     """The loader's batches, with ``loop.current_batch_indices`` set to the indices of the samples of each."""
-    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None or has_iterable_dataset(loader):
         rank_zero_warn(
-            f"The prediction loader, a {type(loader).__name__}, has no batch sampler: a prediction writer gets no batch indices.",
+            f"The prediction loader, a {type(loader).__name__}, has no batch sampler that chooses samples: a prediction writer gets no batch indices.",
             category=PossibleUserWarning,
         )
         loop.current_batch_indices = []

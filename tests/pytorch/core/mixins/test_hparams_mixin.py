@@ -78,7 +78,9 @@ def test_container_is_spread_out_and_the_argument_that_held_it_noted(container: 
     assert isinstance(model.hparams, (AttributeDict, DictConfig))
 
 
-@pytest.mark.parametrize("value", [5, 1.5, True, [1], torch.nn.Linear(1, 1), object()], ids=lambda value: type(value).__name__ + str(value)[:1])
+@pytest.mark.parametrize(
+    "value", [5, 1.5, True, [1], torch.nn.Linear(1, 1), object()], ids=lambda value: type(value).__name__ + str(value)[:1]
+)
 def test_value_that_is_no_container_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=type(value).__name__):
         Chosen(1, how=(value,))

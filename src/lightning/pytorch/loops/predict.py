@@ -134,7 +134,7 @@ def recorded(loader: Any, loop: PredictionLoop) -> Iterator[Any]:
     """The loader's batches, with ``loop.current_batch_indices`` set to the indices of the samples of each."""
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None or has_iterable_dataset(loader):
         rank_zero_warn(
-            f"The prediction loader, a {type(loader).__name__}, has no batch sampler that chooses samples: a prediction writer gets no batch indices.",
+            f"The prediction loader, a {type(loader).__name__}, has no sampler of indices: a prediction writer gets no batch indices.",
             category=PossibleUserWarning,
         )
         loop.current_batch_indices = []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
+from lightning.pytorch.trainer.config import CHECKS, changed
 from lightning.pytorch.trainer.states import RunningStage, TrainerState, TrainerStatus
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TrainerAttributes:
     should_stop: bool
     datamodule: LightningDataModule | None
     _loggers: list[Any]
-    # Arguments of the constructor that are only passed on; properties below.
+    # Arguments of the constructor; properties at the end of this file.
     fast_dev_run: int
     limit_train_batches: float
     limit_val_batches: float
@@ -61,6 +61,7 @@ class TrainerAttributes:
     overfit_batches: float
     val_check_interval: float
     check_val_every_n_epoch: int | None
+    num_sanity_val_steps: float
     log_every_n_steps: int
     reload_dataloaders_every_n_epochs: int
     barebones: bool
@@ -361,7 +362,9 @@ class TrainerAttributes:
         from lightning.pytorch.utilities.model_helpers import is_overridden
 
         module = self.lightning_module
-        return module is not None and is_overridden("validation_step", module) and self._data.has("val") and self._config.limit_val_batches > 0
+        return (
+            module is not None and is_overridden("validation_step", module) and self._data.has("val") and self._config.limit_val_batches > 0
+        )
 
     # ---- callbacks, loggers, metrics --------------------------------------------------------------------------------
 
@@ -427,8 +430,7 @@ class TrainerAttributes:
     @property
     def default_root_dir(self) -> str:
         """Where files go that nobody else has a place for: a path or a URL."""
-        root = self._config.default_root_dir
-        return root if "://" in root else os.path.normpath(os.path.expanduser(root))
+        return self._config.default_root_dir
 
     @property
     def ckpt_path(self) -> Any:
@@ -481,16 +483,20 @@ class TrainerAttributes:
             return PassThroughProfiler()
         return self._profiler
 
-    # ---- arguments --------------------------------------------------------------------------------------------------
+    @profiler.setter
+    def profiler(self, profiler: Any) -> None:
+        from lightning.pytorch.trainer import parts
 
-    @property
-    def num_sanity_val_steps(self) -> float:
-        """Validation batches of each loader that run before training, infinity for all."""
-        return self._config.num_sanity_val_steps
+        self._profiler = parts.profiler(profiler)
 
 
 def _argument(name: str, doc: str) -> property:
-    return property(lambda self: getattr(self._config, name), doc=doc)
+    """An argument of the constructor. It can be set between runs, like there; what a run has begun with stays as it was."""
+
+    def set_checked(self: TrainerAttributes, value: Any) -> None:
+        self._config = changed(self._config, name, value)
+
+    return property(lambda self: getattr(self._config, name), set_checked if name in CHECKS else None, doc=doc)
 
 
 for _name, _doc in {
@@ -502,10 +508,10 @@ for _name, _doc in {
     "overfit_batches": "The batches that the model is to overfit on.",
     "val_check_interval": "How often fit validates.",
     "check_val_every_n_epoch": "Every how many epochs fit validates.",
+    "num_sanity_val_steps": "Validation batches of each loader that run before training, infinity for all.",
     "log_every_n_steps": "Every how many steps the loggers get values.",
     "reload_dataloaders_every_n_epochs": "Every how many epochs the loaders are asked for anew.",
     "barebones": "Whether everything that costs time was left out.",
     "max_time": "The bound on time.",
 }.items():
     setattr(TrainerAttributes, _name, _argument(_name, _doc))
-

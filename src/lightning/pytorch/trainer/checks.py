@@ -31,7 +31,8 @@ def check_model(model: Any, function: str) -> LightningModule:
         return maybe_unwrap_optimized(model)
     except TypeError:
         raise TypeError(
-            f"`Trainer.{function}(model=...)` needs a LightningModule; got {_short(model)}, a {type(model).__module__}.{type(model).__qualname__}. "
+            f"`Trainer.{function}(model=...)` needs a LightningModule; got {_short(model)}, "
+            f"a {type(model).__module__}.{type(model).__qualname__}. "
             "Derive your model's class from `lightning.pytorch.LightningModule`"
             + (
                 " of this package, not from `pytorch_lightning`."
@@ -102,9 +103,9 @@ def _check_manual(trainer: Trainer) -> None:
         ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
     ):
         if value != neutral and not (name == "gradient_clip_val" and value == 0):
-            how = "call `self.clip_gradients` in `training_step`" if name == "gradient_clip_val" else "step every n batches in `training_step`"
+            how = "call `self.clip_gradients`" if name == "gradient_clip_val" else "step every n batches"
             raise MisconfigurationException(
-                f"`Trainer({name}={value!r})` has no effect in manual optimization. Leave it out, and {how} instead."
+                f"`Trainer({name}={value!r})` has no effect in manual optimization. Leave it out, and {how} in `training_step` instead."
             )
 
 
@@ -154,8 +155,8 @@ def check_storable(trainer: Trainer) -> None:
             continue
         for path, kind, reason in find_unstorable(dict(owner.hparams), "hparams"):
             raise TypeError(
-                f"The hyperparameter `{path}` of {type(owner).__name__} is a {kind.__module__}.{kind.__qualname__}, which no checkpoint can "
-                f"hold: {reason}. Leave it out with `self.save_hyperparameters(ignore=[...])`, or pass something that can be saved."
+                f"The hyperparameter `{path}` of {type(owner).__name__} is a {kind.__module__}.{kind.__qualname__}, which no checkpoint "
+                f"can hold: {reason}. Leave it out with `self.save_hyperparameters(ignore=[...])`, or pass something that can be saved."
             )
 
 
@@ -168,8 +169,9 @@ def migrated(checkpoint: Any, path: Any) -> dict[str, Any]:
     from lightning.pytorch.utilities.migration import migrate_checkpoint
 
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        held = f"a dict with the keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        keys = f" with the keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else ""
+        held = f"a {type(checkpoint).__name__}{keys}"
         raise ValueError(
-            f"The file at {path} is no checkpoint of a trainer: it holds {held}. A checkpoint is a dict with the weights under 'state_dict'."
+            f"The file at {path} is no checkpoint of a trainer: it holds {held}. A checkpoint is a dict with weights under 'state_dict'."
         )
     return migrate_checkpoint(checkpoint)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
+from numbers import Integral, Real
 from typing import Any, Union
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,24 +16,25 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 Limit = Union[int, float]
 
-BAREBONES_CONFLICTS = {
-    "logger": None,
-    "enable_checkpointing": None,
-    "enable_progress_bar": None,
-    "enable_model_summary": None,
-    "log_every_n_steps": None,
-    "num_sanity_val_steps": None,
-    "fast_dev_run": False,
-    "detect_anomaly": False,
-    "profiler": None,
-}
+BAREBONES_CONFLICTS = (
+    "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "num_sanity_val_steps",
+    "fast_dev_run", "detect_anomaly", "profiler",
+)  # fmt: skip
+
+# Arguments that are on or off, and whether None leaves the choice to the trainer.
+SWITCHES = {
+    "enable_checkpointing": True, "enable_progress_bar": True, "enable_model_summary": True, "benchmark": True,
+    "inference_mode": False, "use_distributed_sampler": False, "detect_anomaly": False, "barebones": False,
+    "sync_batchnorm": False, "enable_autolog_hparams": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """The arguments of :class:`Trainer` that bound, time or shape its loops, with defaults filled in.
 
-    ``max_epochs`` and ``max_steps`` are -1 where there is no bound; ``max_epochs`` is None until fit decides. Limits are a number of batches, or a fraction as float.
+    ``max_epochs`` and ``max_steps`` are -1 where there is no bound; ``max_epochs`` is None until fit decides. Limits are a
+    number of batches, or a fraction as float.
     """
 
     fast_dev_run: int
@@ -69,9 +72,9 @@ def refuse_barebones_conflicts(given: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    for name, default in BAREBONES_CONFLICTS.items():
+    for name in BAREBONES_CONFLICTS:
         value = given[name]
-        if value is not default and value is not False and value != 0:
+        if value:
             raise ValueError(
                 f"`Trainer(barebones=True, {name}={value!r})`: a barebones trainer has none of that. "
                 f"Leave out `{name}`, or leave out `barebones`."
@@ -86,55 +89,48 @@ def build_config(given: dict[str, Any]) -> TrainerConfig:
 
     Raises:
         MisconfigurationException: for a value, or a combination, that is not accepted; its message names the argument.
+        TypeError: for a value of the wrong type, where Lightning says so.
         ValueError: for a conflict with ``barebones=True``.
     """
-    barebones = given["barebones"]
-    if barebones:
-        refuse_barebones_conflicts(given)
-    fast = given["fast_dev_run"]
-    if isinstance(fast, float) or (not isinstance(fast, bool) and (not isinstance(fast, int) or fast < 0)):
-        raise MisconfigurationException(f"fast_dev_run={fast!r}: accepted are True, False, or the number of batches to run (0 or more).")
+    switches: dict[str, Any] = {name: _flag(name, given[name], none) for name, none in SWITCHES.items()}
     registry = given["model_registry"]
     if registry is not None and not isinstance(registry, str):
         raise MisconfigurationException(f"model_registry={registry!r}: accepted is the name of a model as a string, or None.")
+    if given["barebones"]:
+        refuse_barebones_conflicts(given)
+        given = {**given, "num_sanity_val_steps": 0, "log_every_n_steps": 0}
     seconds = _seconds(given["val_check_interval"])
+    if seconds is not None:
+        given = {**given, "val_check_interval": 1.0}
     config = TrainerConfig(
-        fast_dev_run=int(fast),
-        max_epochs=_count("max_epochs", given["max_epochs"], lowest=-1, none=True),
-        min_epochs=_count("min_epochs", given["min_epochs"], lowest=0, none=True),
-        max_steps=_count("max_steps", given["max_steps"], lowest=-1),  # type: ignore[arg-type]
-        min_steps=_count("min_steps", given["min_steps"], lowest=0, none=True),
-        max_time=given["max_time"],
-        limit_train_batches=_limit("limit_train_batches", given["limit_train_batches"]),
-        limit_val_batches=_limit("limit_val_batches", given["limit_val_batches"]),
-        limit_test_batches=_limit("limit_test_batches", given["limit_test_batches"]),
-        limit_predict_batches=_limit("limit_predict_batches", given["limit_predict_batches"]),
-        overfit_batches=_limit("overfit_batches", given["overfit_batches"]),
-        val_check_interval=1.0 if seconds is not None else _val_check_interval(given["val_check_interval"]),
+        **{name: check(name, given[name]) for name, check in CHECKS.items()},
         val_check_seconds=seconds,
-        check_val_every_n_epoch=_count("check_val_every_n_epoch", given["check_val_every_n_epoch"], lowest=1, none=True),
-        num_sanity_val_steps=0 if barebones else _sanity_steps(given["num_sanity_val_steps"]),
-        log_every_n_steps=0 if barebones else _count("log_every_n_steps", _default(given["log_every_n_steps"], 50), lowest=0),  # type: ignore[arg-type]
-        accumulate_grad_batches=_count("accumulate_grad_batches", given["accumulate_grad_batches"], lowest=1),  # type: ignore[arg-type]
-        gradient_clip_val=_clip_value(given["gradient_clip_val"]),
-        gradient_clip_algorithm=_clip_algorithm(given["gradient_clip_algorithm"]),
-        deterministic=_deterministic(given["deterministic"]),
-        benchmark=given["benchmark"],
-        inference_mode=_flag("inference_mode", given["inference_mode"]),
-        detect_anomaly=_flag("detect_anomaly", given["detect_anomaly"]),
-        barebones=barebones,
-        reload_dataloaders_every_n_epochs=_count("reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], lowest=0),  # type: ignore[arg-type]
-        default_root_dir=_root_dir(given["default_root_dir"]),
-        use_distributed_sampler=given["use_distributed_sampler"],
+        max_time=given["max_time"],  # the Timer that is made of it checks it
+        **{name: value for name, value in switches.items() if name in TrainerConfig.__dataclass_fields__},
     )
-    _check_together(config, given["val_check_interval"])
+    _check_together(config)
     return _with_overfit(_with_fast_dev_run(config))
 
 
-def _check_together(config: TrainerConfig, val_check_interval: Any) -> None:
+def changed(config: TrainerConfig, name: str, value: Any) -> TrainerConfig:
+    """The configuration with another value of one argument, checked like the first.
+
+    Raises:
+        MisconfigurationException: if it is not accepted, alone or with the others.
+    """
+    if name == "val_check_interval":
+        seconds = _seconds(value)
+        config = replace(config, val_check_seconds=seconds)
+        value = 1.0 if seconds is not None else value
+    config = replace(config, **{name: CHECKS[name](name, value)})
+    _check_together(config)
+    return config
+
+
+def _check_together(config: TrainerConfig) -> None:
     if config.check_val_every_n_epoch is None and config.val_check_seconds is None and isinstance(config.val_check_interval, float):
         raise MisconfigurationException(
-            f"val_check_interval={val_check_interval!r} with check_val_every_n_epoch=None: batches are then counted across epochs, "
+            f"val_check_interval={config.val_check_interval!r} with check_val_every_n_epoch=None: batches are then counted across epochs, "
             "so give the interval as a whole number of batches, or as a duration."
         )
 
@@ -146,7 +142,8 @@ def _with_fast_dev_run(config: TrainerConfig) -> TrainerConfig:
         return config
     rank_zero_info(f"fast_dev_run: runs {n} batch(es) of train, val, test and predict, one epoch, without logger and checkpoints.")
     return replace(
-        config, max_steps=n, max_epochs=1, num_sanity_val_steps=0, val_check_interval=1.0, val_check_seconds=None, check_val_every_n_epoch=1,
+        config,
+        max_steps=n, max_epochs=1, num_sanity_val_steps=0, val_check_interval=1.0, val_check_seconds=None, check_val_every_n_epoch=1,
         limit_train_batches=n, limit_val_batches=n, limit_test_batches=n, limit_predict_batches=n,
     )  # fmt: skip
 
@@ -157,49 +154,60 @@ def _with_overfit(config: TrainerConfig) -> TrainerConfig:
     return replace(config, limit_train_batches=config.overfit_batches, limit_val_batches=config.overfit_batches)
 
 
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _count(name: str, value: Any, lowest: int, none: bool = False) -> int | None:
-    if value is None and none:
+def _number(value: Any) -> int | float | None:
+    """A number of Python's, of whatever type it comes (numpy has its own); None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _count(name: str, value: Any, lowest: int, none: bool = False, default: int | None = None) -> int | None:
+    if value is None and (none or default is not None):
+        return default
+    number = _number(value)
+    if number is None or number < lowest or number % 1 != 0:
         accepted = f"a whole number, {lowest} or more" + (" (-1: no bound)" if lowest == -1 else "") + (", or None" if none else "")
         raise MisconfigurationException(f"{name}={value!r}: accepted is {accepted}.")
-    return value
+    return int(number)
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise MisconfigurationException(f"{name}={value!r}: accepted are True and False.")
-    return value
+def _fast_dev_run(name: str, value: Any) -> int:
+    number = int(value or False) if isinstance(value, bool) or value is None else _number(value)
+    if not isinstance(number, int) or number < 0:
+        raise MisconfigurationException(f"{name}={value!r}: accepted are True, False, or the number of batches to run (0 or more).")
+    return number
 
 
-def _limit(name: str, value: Any) -> Limit:
+def _flag(name: str, value: Any, none: bool = False) -> bool | None:
+    if value is None and none:
+        return None
+    if isinstance(value, str) or value not in (True, False):
+        raise MisconfigurationException(f"{name}={value!r}: accepted are True and False{', or None' if none else ''}.")
+    return bool(value)
+
+
+def _limit(name: str, value: Any, default: float = 1.0) -> Limit:
     if value is None:
-        return 1.0
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or value < 0 or (isinstance(value, float) and value > 1):
+        return default
+    number = _number(value)
+    if number is None or not 0 <= number <= (1 if isinstance(number, float) else number):
         raise MisconfigurationException(
-            f"{name}={value!r}: accepted are a number of batches (a whole number, 0 or more) or a fraction of them (a float from 0.0 to 1.0)."
+            f"{name}={value!r}: accepted are a number of batches (a whole number, 0 or more) "
+            "or a fraction of them (a float from 0.0 to 1.0)."
         )
-    if value == 1 and isinstance(value, int):
+    if number == 1 and isinstance(number, int):
         rank_zero_info(f"{name}=1 runs 1 batch; for all batches give 1.0.")
-    return value  # type: ignore[no-any-return]
+    return number
 
 
-def _val_check_interval(value: Any) -> Limit:
-    value = 1.0 if value is None else value
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or value <= 0 or (isinstance(value, float) and value > 1):
+def _val_check_interval(name: str, value: Any) -> Limit:
+    number = 1.0 if value is None else _number(value)
+    if number is None or not 0 < number <= (1 if isinstance(number, float) else number):
         raise MisconfigurationException(
-            f"val_check_interval={value!r}: accepted are a number of batches (1 or more), a fraction of the epoch "
+            f"{name}={value!r}: accepted are a number of batches (1 or more), a fraction of the epoch "
             "(a float above 0.0 and up to 1.0), or a duration ('DD:HH:MM:SS', a timedelta, or a dict of its arguments)."
         )
-    return value  # type: ignore[no-any-return]
+    return number
 
 
 def _seconds(value: Any) -> float | None:
@@ -210,7 +218,9 @@ def _seconds(value: Any) -> float | None:
         try:
             return _positive(timedelta(**value))
         except TypeError:
-            raise MisconfigurationException(f"val_check_interval={value!r}: a dict must hold arguments of timedelta, such as hours=2.") from None
+            raise MisconfigurationException(
+                f"val_check_interval={value!r}: a dict must hold arguments of timedelta, such as hours=2."
+            ) from None
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+):(\d\d?):(\d\d?):(\d\d?)", value.strip())
         if match is None:
@@ -226,38 +236,67 @@ def _positive(duration: timedelta) -> float:
     return duration.total_seconds()
 
 
-def _sanity_steps(value: Any) -> float:
-    value = 2 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < -1:
-        raise MisconfigurationException(f"num_sanity_val_steps={value!r}: accepted is a number of batches, 0 for none, -1 for all.")
-    return float("inf") if value == -1 else value
+def _sanity_steps(name: str, value: Any) -> float:
+    number = 2 if value is None else _number(value)
+    if number == float("inf") or number == -1:
+        return float("inf")
+    if not isinstance(number, int) or number < -1:
+        raise MisconfigurationException(f"{name}={value!r}: accepted is a number of batches, 0 for none, -1 for all.")
+    return number
 
 
-def _clip_value(value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"gradient_clip_val={value!r}: accepted are a number, or None for no clipping.")
-    return value  # type: ignore[no-any-return]
+def _clip_value(name: str, value: Any) -> Limit | None:
+    number = _number(value)
+    if value is not None and (number is None or number != number):
+        raise TypeError(f"{name}={value!r}: accepted are a number, or None for no clipping.")
+    return number
 
 
-def _clip_algorithm(value: Any) -> str | None:
+def _clip_algorithm(name: str, value: Any) -> str | None:
     if value is not None and str(value).lower() not in ("norm", "value"):
-        raise MisconfigurationException(f"gradient_clip_algorithm={value!r}: accepted are 'norm', 'value', or None for 'norm'.")
+        raise MisconfigurationException(f"{name}={value!r}: accepted are 'norm', 'value', or None for 'norm'.")
     return None if value is None else str(value).lower()
 
 
-def _deterministic(value: Any) -> bool | str | None:
+def _deterministic(name: str, value: Any) -> bool | str | None:
     if value not in (None, True, False, "warn"):
-        raise MisconfigurationException(f"deterministic={value!r}: accepted are True, False, 'warn', or None.")
-    return value  # type: ignore[no-any-return]
+        raise MisconfigurationException(f"{name}={value!r}: accepted are True, False, 'warn', or None.")
+    return value if value in (None, "warn") else bool(value)
 
 
-def _root_dir(value: Any) -> str:
+def _root_dir(name: str, value: Any) -> str:
     if value is None:
         return os.getcwd()
     try:
-        return os.fspath(value)
+        path = str(os.fspath(value))
     except TypeError:
-        raise TypeError(f"default_root_dir={value!r}: accepted is a path or a URL.") from None
+        raise TypeError(f"{name}={value!r}: accepted is a path or a URL.") from None
+    return path if "://" in path else os.path.normpath(os.path.expanduser(path))
+
+
+# How each argument is checked: a function of its name and value, which returns the value in its final form.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "fast_dev_run": _fast_dev_run,
+    "max_epochs": partial(_count, lowest=-1, none=True),
+    "min_epochs": partial(_count, lowest=0, none=True),
+    "max_steps": partial(_count, lowest=-1),
+    "min_steps": partial(_count, lowest=0, none=True),
+    "limit_train_batches": _limit,
+    "limit_val_batches": _limit,
+    "limit_test_batches": _limit,
+    "limit_predict_batches": _limit,
+    "overfit_batches": partial(_limit, default=0.0),
+    "val_check_interval": _val_check_interval,
+    "check_val_every_n_epoch": partial(_count, lowest=1, none=True),
+    "num_sanity_val_steps": _sanity_steps,
+    "log_every_n_steps": partial(_count, lowest=0, default=50),
+    "accumulate_grad_batches": partial(_count, lowest=1),
+    "gradient_clip_val": _clip_value,
+    "gradient_clip_algorithm": _clip_algorithm,
+    "deterministic": _deterministic,
+    "reload_dataloaders_every_n_epochs": partial(_count, lowest=0),
+    "default_root_dir": _root_dir,
+}
 
 
 def as_list(name: str, value: Any) -> list[Any]:

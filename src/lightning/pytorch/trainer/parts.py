@@ -56,7 +56,9 @@ def _default_logger(config: TrainerConfig) -> Any:
     return CSVLogger(save_dir=config.default_root_dir)
 
 
-def callbacks(config: TrainerConfig, given: Any, checkpointing: bool | None, progress_bar: bool | None, summary: bool | None) -> list[Callback]:
+def callbacks(
+    config: TrainerConfig, given: Any, checkpointing: bool | None, progress_bar: bool | None, summary: bool | None
+) -> list[Callback]:
     """The callbacks: those given, then checkpoint, progress bar and summary where they are wanted and missing.
 
     Raises:
@@ -67,38 +69,41 @@ def callbacks(config: TrainerConfig, given: Any, checkpointing: bool | None, pro
     if wrong:
         raise MisconfigurationException(f"callbacks={given!r}: accepted are a Callback, or a list of them; {wrong[0]!r} is none.")
     plain = config.barebones
+    checkpointing, progress_bar, summary = (
+        False if plain else flag is None or bool(flag) for flag in (checkpointing, progress_bar, summary)
+    )
     _add_timer(found, config)
-    _add_checkpoint(found, config, False if plain else checkpointing)
-    _add_progress_bar(found, False if plain else progress_bar, plain)
-    _add_summary(found, False if plain else summary)
+    _add_checkpoint(found, config, checkpointing)
+    _add_progress_bar(found, progress_bar, plain)
+    _add_summary(found, summary)
     checks.check_state_keys(found)
     return sorted_callbacks(found)
 
 
-def _add_checkpoint(found: list[Callback], config: TrainerConfig, wanted: bool | None) -> None:
+def _add_checkpoint(found: list[Callback], config: TrainerConfig, wanted: bool) -> None:
     has = any(isinstance(callback, Checkpoint) for callback in found)
-    if has and wanted is False:
+    if has and not wanted:
         raise MisconfigurationException(
             "enable_checkpointing=False was given together with a checkpoint callback. Leave one of them out."
             if not config.barebones
             else "barebones=True was given together with a checkpoint callback. Leave one of them out."
         )
-    if not has and wanted is not False:
+    if wanted and not has:
         from lightning.pytorch.callbacks.model_checkpoint import ModelCheckpoint
 
         found.append(ModelCheckpoint())
 
 
-def _add_progress_bar(found: list[Callback], wanted: bool | None, barebones: bool) -> None:
+def _add_progress_bar(found: list[Callback], wanted: bool, barebones: bool) -> None:
     from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 
     bars = [callback for callback in found if isinstance(callback, ProgressBar)]
     if len(bars) > 1:
         raise MisconfigurationException(f"callbacks holds {len(bars)} progress bars; the trainer shows one. Keep one of them.")
-    if bars and wanted is False:
+    if bars and not wanted:
         flag = "barebones=True" if barebones else "enable_progress_bar=False"
         raise MisconfigurationException(f"{flag} was given together with the progress bar {type(bars[0]).__name__}. Leave one of them out.")
-    if not bars and wanted is not False:
+    if wanted and not bars:
         if find_spec("rich") is not None:
             from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBar
 
@@ -109,10 +114,10 @@ def _add_progress_bar(found: list[Callback], wanted: bool | None, barebones: boo
             found.append(TQDMProgressBar())
 
 
-def _add_summary(found: list[Callback], wanted: bool | None) -> None:
+def _add_summary(found: list[Callback], wanted: bool) -> None:
     from lightning.pytorch.callbacks.model_summary import ModelSummary
 
-    if wanted is False or any(isinstance(callback, ModelSummary) for callback in found):
+    if not wanted or any(isinstance(callback, ModelSummary) for callback in found):
         return
     if find_spec("rich") is not None:
         from lightning.pytorch.callbacks.rich_model_summary import RichModelSummary

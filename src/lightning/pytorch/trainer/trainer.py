@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from lightning.fabric.runtime import resolve
 from lightning.pytorch.data import RunData, check_given
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.profilers.profiler import Profiler
     from lightning.pytorch.utilities.types import EVAL_DATALOADERS, EVALUATE_OUTPUT, TRAIN_DATALOADERS
 
-Batches = Optional[Union[int, float]]
+Batches = int | float | None
 
 
 class Trainer(TrainerAttributes):
@@ -256,7 +256,15 @@ class Trainer(TrainerAttributes):
         return self._evaluate(TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def _evaluate(
-        self, function: TrainerFn, stage: str, model: Any, dataloaders: Any, ckpt_path: Any, verbose: bool, datamodule: Any, weights_only: Any
+        self,
+        function: TrainerFn,
+        stage: str,
+        model: Any,
+        dataloaders: Any,
+        ckpt_path: Any,
+        verbose: bool,
+        datamodule: Any,
+        weights_only: Any,
     ) -> EVALUATE_OUTPUT:
         module = parts.module_or_last(self, model, function)
         dataloaders, datamodule = parts.datamodule_first(dataloaders, datamodule)
@@ -302,9 +310,7 @@ class Trainer(TrainerAttributes):
 
     # ---- tools ------------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self, filepath: Union[str, Path], weights_only: bool | None = None, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, filepath: Union[str, Path], weights_only: bool | None = None, storage_options: Any | None = None) -> None:
         """Save the run as it stands.
 
         Args:

@@ -133,15 +133,15 @@ class EvaluationLoop:
         name, module, metrics = self.name, self.trainer.lightning_module, self.trainer._metrics
         modes = {submodule: submodule.training for submodule in module.modules()}
         scoped(getattr(module, f"on_{name}_model_eval"), f"on_{name}_model_eval", metrics)()
+        override = override_of(module, f"on_{name}_model_train", LightningModule)
         try:
             yield
+            if override is not None:
+                scoped(override, f"on_{name}_model_train", metrics)()
         except BaseException:
             restore_modes(modes)
             raise
-        override = override_of(module, f"on_{name}_model_train", LightningModule)
-        if override is not None:
-            scoped(override, f"on_{name}_model_train", metrics)()
-        else:
+        if override is None:
             restore_modes(modes)
 
     def bind(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,7 +148,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         if checkpoint is not None:
             ckpt.restore_training(trainer, checkpoint)
     if checkpoint is not None:
-        ckpt.announce(path)
+        ckpt.announce(path, fitting)
 
 
 def prepare_data(trainer: Trainer) -> None:
@@ -223,9 +223,9 @@ def fail(trainer: Trainer, error: BaseException) -> None:
         try:
             action(*args, **kwargs)
         except Exception as second:
-            rank_zero_warn(
-                f"While the run was being ended by {type(error).__name__}, {getattr(action, '__qualname__', action)} raised {second!r}."
-            )
+            with suppress(Warning):  # where warnings are errors, the rest of the end must happen all the same
+                name = getattr(action, "__qualname__", action)
+                rank_zero_warn(f"While the run was being ended by {type(error).__name__}, {name} raised {second!r}.")
 
     if module is not None and module.__dict__.get("_trainer") is trainer:
         for callback in trainer.callbacks:

@@ -318,6 +318,7 @@ def _newest_hpc(trainer: Trainer) -> str | None:
     return found[max(found)] if found else None
 
 
-def announce(path: Any) -> None:
+def announce(path: Any, fitting: bool) -> None:
     """Say what was restored."""
-    rank_zero_info(f"Restored all states from the checkpoint at {path}")
+    what = "Restored all states" if fitting else "Loaded model weights"
+    rank_zero_info(f"{what} from the checkpoint at {path}")

@@ -77,6 +77,7 @@ class FitLoop:
                 p.epoch += 1
                 p.batch_idx = 0
                 p.next = Next.BATCH
+            self.say_why()
             hooks.on_train_end()
 
     def run_epoch(self) -> None:
@@ -295,6 +296,13 @@ class FitLoop:
                 minimum = f"min_epochs={self.min_epochs} or min_steps={self.min_steps}"
                 rank_zero_info(f"A stop was asked for, but {minimum} is not reached: training goes on.")
         return False
+
+    def say_why(self) -> None:
+        """Tell which bound ended the run."""
+        if self.progress.global_step >= self.last_step:
+            rank_zero_info(f"`Trainer.fit` stopped: `max_steps={self.max_steps}` reached.")
+        elif not self.trainer.should_stop:
+            rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={self.max_epochs}` reached.")
 
     def may_stop(self) -> bool:
         """Whether the minimum of epochs and steps is reached."""

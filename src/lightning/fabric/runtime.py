@@ -9,13 +9,15 @@ import torch
 
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.accelerators.registry import choose_accelerator
-from lightning.fabric.precision import Precision, build_precision
+from lightning.fabric.precision import Precision, build_precision, parse_precision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 STRATEGY_NAMES = ("auto", "single_device")
+BUILT_IN = ("cpu", "cuda", "mps", "tpu")
+ACCELERATOR_OF = {"xla": "tpu"}  # where a device has another name than its accelerator
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def resolve(
 
     Raises:
         MisconfigurationException: if the machine cannot serve the request, or arguments contradict each other.
-        ValueError: for a name that is not known.
+        ValueError: for a name that is not known, or a number of nodes that is none.
 
     Example::
 
@@ -69,15 +71,13 @@ def resolve(
         ([device(type='cpu')], 'bf16-mixed')
     """
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
-        raise MisconfigurationException(f"num_nodes={num_nodes!r}: a whole number of machines, 1 or more, is needed.")
-    precision_plugin, checkpoint_io = _sort_plugins(plugins)
-    chosen = _accelerator_of(accelerator, strategy)
-    if isinstance(strategy, str) and strategy not in STRATEGY_NAMES:
+        raise ValueError(f"num_nodes={num_nodes!r}: a whole number of machines, 1 or more, is needed.")
+    if strategy not in STRATEGY_NAMES if isinstance(strategy, str) else not isinstance(strategy, Strategy):
         raise ValueError(
             f"strategy={strategy!r} is not known. Accepted: {', '.join(map(repr, STRATEGY_NAMES))}, or an instance of Strategy."
         )
-    if not isinstance(strategy, (str, Strategy)):
-        raise TypeError(f"strategy={strategy!r} is a {type(strategy).__name__}; accepted are a name or an instance of Strategy.")
+    precision_plugin, checkpoint_io = _sort_plugins(plugins)
+    chosen = _accelerator_of(accelerator, strategy)
     parallel = _devices_of(chosen, devices, strategy)
     if num_nodes * len(parallel) > 1:
         raise MisconfigurationException(
@@ -107,41 +107,56 @@ def _sort_plugins(plugins: Any) -> tuple[Precision | None, Any]:
 
 
 def _accelerator_of(accelerator: str | Accelerator, strategy: str | Strategy) -> Accelerator:
-    """The accelerator; that of the strategy's device where only the strategy says where to run."""
-    if isinstance(strategy, Strategy):
-        if strategy.accelerator is not None:
-            if accelerator != "auto":
-                raise MisconfigurationException(
-                    f"accelerator={accelerator!r} was given, and so was a strategy with an accelerator of its own. Leave one of them out."
-                )
-            return strategy.accelerator
-        if accelerator == "auto" and isinstance(strategy, SingleDeviceStrategy):
-            return choose_accelerator(strategy.root_device.type if strategy.root_device.type != "xla" else "tpu")
-    return choose_accelerator(accelerator)
+    """The accelerator; that of the strategy, or of the strategy's device, where only the strategy says where to run."""
+    own = strategy.accelerator if isinstance(strategy, Strategy) else None
+    device = strategy.root_device if isinstance(strategy, SingleDeviceStrategy) else None
+    if accelerator == "auto":
+        return own or choose_accelerator("auto" if device is None else ACCELERATOR_OF.get(device.type, device.type))
+    chosen = choose_accelerator(accelerator)
+    if own is not None and type(own) is not type(chosen):
+        raise MisconfigurationException(
+            f"accelerator={accelerator!r} was given, and so was a strategy that runs on {type(own).__name__}. Leave one of them out."
+        )
+    if device is not None and chosen.name() in BUILT_IN and chosen.name() != ACCELERATOR_OF.get(device.type, device.type):
+        raise MisconfigurationException(
+            f"accelerator={accelerator!r} was given, and so was a strategy for the device {str(device)!r}. Leave one of them out."
+        )
+    return own or chosen
 
 
 def _devices_of(accelerator: Accelerator, devices: Any, strategy: str | Strategy) -> list[torch.device]:
     if devices is None:
         raise MisconfigurationException("devices=None: give a count, a list of indices, -1 for all, or 'auto'.")
-    if isinstance(strategy, SingleDeviceStrategy) and devices in ("auto", 1):
-        return [strategy.root_device]
+    single = strategy.root_device if isinstance(strategy, SingleDeviceStrategy) else None
+    if single is not None and devices == "auto":
+        return [single]
     if devices == "auto":
         available = accelerator.auto_device_count()
         if available > 1:
             rank_zero_info(f"Using 1 of {available} {accelerator.name()} devices.")
         devices = 1
-    parsed = accelerator.parse_devices(devices)
-    return list(accelerator.get_parallel_devices(parsed))
+    found = list(accelerator.get_parallel_devices(accelerator.parse_devices(devices)))
+    if not found:
+        raise MisconfigurationException(f"devices={devices!r}: {type(accelerator).__name__} has no such device.")
+    if single is None or len(found) > 1:
+        return found
+    if isinstance(devices, list) and found != [single]:
+        raise MisconfigurationException(f"devices={devices!r} was given, and so was a strategy for {str(single)!r}. Leave one of them out.")
+    return [single]
 
 
 def _equip(strategy: Strategy, accelerator: Accelerator, precision: Any, plugin: Precision | None, checkpoint_io: Any) -> None:
-    """Put the parts into the strategy, where it does not bring its own."""
+    """Put the parts into the strategy, where it does not bring its own. What both sides agree on is no contradiction."""
     strategy.accelerator = accelerator
-    if strategy._precision is None or precision is not None or plugin is not None:
-        if strategy._precision is not None:
-            raise MisconfigurationException("The precision was given both to the strategy and to the Trainer. Leave one of them out.")
+    own = strategy._precision
+    if own is None:
         strategy.precision = build_precision(precision, accelerator, plugin)
+    elif (plugin is not None and plugin is not own) or (precision is not None and parse_precision(precision) != own.precision):
+        raise MisconfigurationException(
+            f"The strategy brings the precision {own.precision!r}, and the Trainer was given "
+            f"{f'precision={precision!r}' if plugin is None else f'the plugin {type(plugin).__name__}'}. Leave one of them out."
+        )
     if checkpoint_io is not None:
-        if strategy._checkpoint_io is not None:
+        if strategy._checkpoint_io not in (None, checkpoint_io):
             raise MisconfigurationException("A CheckpointIO was given both to the strategy and in plugins. Leave one of them out.")
         strategy.checkpoint_io = checkpoint_io

@@ -96,6 +96,7 @@ class Crew:
             cause = self._cause_of(error)
             self._raised_at, self._told = time.monotonic(), True
             if cause is not None:
+                self._failed = True
                 raise cause from error
             raise
         finally:
@@ -124,12 +125,13 @@ class Crew:
             time.sleep(TICK)
         return None
 
-    def _note_exits(self, patience: float = LEAVE) -> bool:
+    def _note_exits(self, patience: float | None = None) -> bool:
         """Whether a rank has failed; those that did without a word get a report.
 
         Args:
             patience: seconds that this rank gets to leave after another one has left with exit code 0.
         """
+        patience = min(LEAVE, self.shutdown_timeout / 4) if patience is None else patience
         failed = False
         for rank in self.ranks:
             if rank.rank in self._stopped:

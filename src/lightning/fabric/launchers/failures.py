@@ -27,8 +27,8 @@ EXIT = "exit"  # the kind of a failure that left no error: the process was gone
 CONSEQUENCE_KINDS = {"PeerFailure", "KeyboardInterrupt", "ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError"}
 CONSEQUENCE_KINDS |= {"DistBackendError", "DistNetworkError", "DistStoreError"}
 CONSEQUENCE_MESSAGE = re.compile(
-    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket timeout|timed out waiting|timeout caused pair closure"
-    r"|no such pair|failed to pass monitoredBarrier|NCCL error|NCCL communicator was aborted",
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket timeout|timed out waiting|operation timed out"
+    r"|timeout caused pair closure|no such pair|failed to pass monitoredBarrier|NCCL error|NCCL communicator was aborted",
     re.IGNORECASE,
 )
 

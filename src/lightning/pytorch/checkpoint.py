@@ -51,7 +51,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
             checkpoint[type(precision).__qualname__] = state
         precision.on_save_checkpoint(checkpoint)
         loop = trainer.fit_loop
-        if loop.progress.batch_idx % trainer.accumulate_grad_batches and not loop.updates:  # inside an accumulation window
+        if loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate:  # inside an accumulation window
             checkpoint["keraunos"]["gradients"] = {name: q.grad for name, q in module.named_parameters() if q.grad is not None}
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:

@@ -54,6 +54,7 @@ class FitLoop:
         self.loader: TrainLoader | None = None
         self.is_last = False
         self.updates = False
+        self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
         self.restarting = False
@@ -87,7 +88,10 @@ class FitLoop:
             hooks.on_train_epoch_start()
         self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
-            self.validate()
+            if self.validates:
+                self.validate()
+            else:
+                self.after_validation()
         for batch, is_last in self.batches():  # from p.batch_idx, already on the device
             self.is_last = is_last
             metrics.batch, metrics.batch_size = batch, None
@@ -142,6 +146,7 @@ class FitLoop:
             self.update(self.closure)  # the user's optimizer_step, or the optimizer's step
             if self.outputs is None:
                 raise MisconfigurationException(CLOSURE_NOT_CALLED)
+            self.gathered = 0
             p.global_step += 1
             p.stepped += 1
             self.schedulers.step_batch()
@@ -166,10 +171,12 @@ class FitLoop:
             if self.accumulate > 1:
                 loss = loss / self.window()
             hooks.on_before_backward(loss)
+            self.gathered = -1  # should backward fail, the gradients are of no use
             self.backward(loss)
             hooks.on_after_backward()
             if self.is_last and self.accumulate > 1:
                 self.complete_window()
+        self.gathered = p.batch_idx % self.accumulate + 1
         if self.updates and not self.user_steps:
             self.unscale(optimizer)
             hooks.on_before_optimizer_step(optimizer)

@@ -246,38 +246,41 @@ def main(rank: int, backend: str | None, port: int) -> None:
             print(f"ok {check.__name__} ({used})", flush=True)
 
 
-def fail_alone(rank: int, port: int) -> None:
+def fail_alone(rank: int, port: int, told: bool, failed_at: Any) -> None:
     os.environ.update(LOCAL_RANK=str(rank), MASTER_PORT=str(port))
     strategy = ddp()
     strategy.setup_environment()
     strategy.reduce(torch.ones(1, device=here(rank)))
     torch.cuda.synchronize()
     if rank == 1:
-        try:
-            raise ZeroDivisionError("the user's own")
-        finally:
-            strategy.teardown()
+        error = ZeroDivisionError("the user's own")
+        if told:
+            strategy.on_exception(error)
+        strategy.teardown()
+        failed_at.value = time.time()
+        raise error
     strategy.reduce(torch.ones(1, device=here(rank)))  # nobody answers
     torch.cuda.synchronize()
 
 
-def check_a_failing_process_ends_at_once() -> None:
+def check_a_failing_process_ends_soon(told: bool) -> None:
     context = torch.multiprocessing.get_context("spawn")
-    port = find_free_network_port()
-    children = [context.Process(target=fail_alone, args=(rank, port)) for rank in range(2)]
+    port, failed_at = find_free_network_port(), context.Value("d", 0.0)
+    children = [context.Process(target=fail_alone, args=(rank, port, told, failed_at)) for rank in range(2)]
     for child in children:
         child.start()
-    started = time.perf_counter()
     children[1].join(60)
-    alone = time.perf_counter() - started
+    seconds = time.time() - failed_at.value
+    for child in children:
+        child.kill()
     assert children[1].exitcode == 1, children[1].exitcode
-    children[0].join(5)
-    print(f"ok check_a_failing_process_ends_at_once ({alone:.1f} s from the start; the other's exit code: {children[0].exitcode})")
-    children[0].kill()
+    assert seconds < (5 if told else 15), seconds
+    print(f"ok check_a_failing_process_ends_soon (after {seconds:.1f} s{'' if told else ', though the strategy was not told'})", flush=True)
 
 
 if __name__ == "__main__":
     for backend in CHECKS:
         torch.multiprocessing.spawn(main, (backend, find_free_network_port()), nprocs=2)  # type: ignore[no-untyped-call]
-    check_a_failing_process_ends_at_once()
+    for told in (True, False):
+        check_a_failing_process_ends_soon(told)
     print("all is well")

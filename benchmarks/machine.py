@@ -17,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": processor(),
         "cores": cores,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
 

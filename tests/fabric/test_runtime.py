@@ -53,7 +53,7 @@ def described(runtime: Runtime) -> tuple[type, type, list[torch.device], str]:
     return type(runtime.accelerator), type(runtime.strategy), runtime.devices, runtime.precision.precision
 
 
-# ---- choices ----------------------------------------------------------------------------------------------------------------------
+# ---- choices ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_strategy_of_ones_own_runs_where_the_flags_say() -> None:
     assert described(runtime) == (CPUAccelerator, Own, [CPU], "32-true")
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 WITH_DOUBLE = {"strategy": SingleDeviceStrategy(precision=DoublePrecision())}
 

@@ -38,7 +38,7 @@ def hooks_of(module: LightningModule, *callbacks: Callback) -> Hooks:
     return Hooks(Attached(module), module, callbacks, Metrics())
 
 
-# ---- what counts as overridden --------------------------------------------------------------------------------------------
+# ---- what counts as overridden ---------------------------------------------------------------------------------------
 
 
 def test_every_hook_that_nobody_overrides_is_the_same_function() -> None:
@@ -100,7 +100,7 @@ def test_a_hook_back_at_the_default_counts_as_not_overridden() -> None:
     assert hooks_of(Silenced()).on_train_start is no_op
 
 
-# ---- order, scope and results ---------------------------------------------------------------------------------------------
+# ---- order, scope and results ----------------------------------------------------------------------------------------
 
 
 class Noted(Callback):
@@ -229,7 +229,7 @@ def test_metrics_know_which_hook_runs_and_forget_it_afterwards(fails: bool) -> N
     assert metrics.scope == "outer"
 
 
-# ---- in a run: instances, mocks, late comers ------------------------------------------------------------------------------
+# ---- in a run: instances, mocks, late comers -------------------------------------------------------------------------
 
 
 def test_hooks_set_on_instances_run(make_trainer: MakeTrainer, Weight: Any) -> None:
@@ -273,7 +273,7 @@ def test_what_setup_adds_is_heard(make_trainer: MakeTrainer, Weight: Any) -> Non
     assert notes == ["late", "module", "late"]
 
 
-# ---- spans of the profiler ------------------------------------------------------------------------------------------------
+# ---- spans of the profiler -------------------------------------------------------------------------------------------
 
 
 def test_overridden_hooks_are_spans_of_the_profiler(make_trainer: MakeTrainer, Weight: Any) -> None:
@@ -308,7 +308,7 @@ def test_overridden_hooks_are_spans_of_the_profiler(make_trainer: MakeTrainer, W
     ]
 
 
-# ---- methods that only look like hooks ------------------------------------------------------------------------------------
+# ---- methods that only look like hooks -------------------------------------------------------------------------------
 
 
 def define(base: type, *names: str) -> Any:

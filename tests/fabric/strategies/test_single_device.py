@@ -18,7 +18,7 @@ from lightning.fabric.strategies import SingleDeviceStrategy, Strategy
 CPU = torch.device("cpu")
 
 
-# ---- parts and place ----------------------------------------------------------------------------------------------------------------
+# ---- parts and place -------------------------------------------------------------------------------------------------
 
 
 def test_a_new_one_is_alone_on_the_cpu_in_full_precision() -> None:
@@ -61,7 +61,7 @@ def test_the_device_is_made_ready_by_its_accelerator() -> None:
     SingleDeviceStrategy("cpu", CPUAccelerator()).setup_environment()
 
 
-# ---- modules and batches --------------------------------------------------------------------------------------------------------------
+# ---- modules and batches ---------------------------------------------------------------------------------------------
 
 
 def test_a_module_is_converted_and_moved() -> None:
@@ -116,7 +116,7 @@ def test_batches_move_to_the_device_or_to_another() -> None:
     assert strategy.batch_to_device(torch.ones(1), CPU).device == CPU
 
 
-# ---- stepping -------------------------------------------------------------------------------------------------------------------------
+# ---- stepping --------------------------------------------------------------------------------------------------------
 
 
 def trained(strategy: Strategy) -> tuple[nn.Parameter, SGD]:
@@ -148,7 +148,7 @@ def test_gradients_are_clipped(algorithm: str, expected: list[float]) -> None:
     assert weight.grad.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 def test_with_one_process_collectives_give_back_what_they_got() -> None:
@@ -161,7 +161,7 @@ def test_with_one_process_collectives_give_back_what_they_got() -> None:
     assert strategy.process_dataloader(thing) is thing
 
 
-# ---- state ----------------------------------------------------------------------------------------------------------------------------
+# ---- state -----------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_saved_and_loaded(tmp_path: Path) -> None:

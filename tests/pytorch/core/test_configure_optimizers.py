@@ -105,7 +105,7 @@ def test_no_optimizer_at_all_is_for_manual_optimization_only(empty: Any) -> None
         configure_optimizers(Model(lambda o: empty))
 
 
-# ---- the settings of a scheduler ------------------------------------------------------------------------------------------
+# ---- the settings of a scheduler -------------------------------------------------------------------------------------
 
 
 def config_of(form: Form, automatic: bool = True) -> LRSchedulerConfig:
@@ -206,7 +206,7 @@ def test_a_one_cycle_scheduler_by_epochs_warns_where_settings_were_given() -> No
         config_of(lambda o: ([o], [OneCycleLR(o, 0.1, total_steps=9)]))
 
 
-# ---- schedulers that are not torch's --------------------------------------------------------------------------------------
+# ---- schedulers that are not torch's ---------------------------------------------------------------------------------
 
 
 def test_a_scheduler_of_another_kind_needs_a_way_to_step() -> None:
@@ -231,7 +231,7 @@ def test_what_cannot_be_saved_is_no_scheduler(wrong: Any, automatic: bool) -> No
         configure_optimizers(Model(lambda o: ([o], [wrong]), automatic))
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[Form, str]] = {
     "a string": (lambda o: "sgd", r"returned 'sgd' \(of type str\); accepted are an optimizer;"),
@@ -266,7 +266,7 @@ def test_long_values_are_shortened_in_errors() -> None:
     assert len(str(error.value)) < 500
 
 
-# ---- in a run -------------------------------------------------------------------------------------------------------------
+# ---- in a run --------------------------------------------------------------------------------------------------------
 
 
 class Trained(Model):

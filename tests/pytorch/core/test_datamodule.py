@@ -22,7 +22,7 @@ class Endless(IterableDataset[int]):
         return iter(range(3))
 
 
-# ---- from_datasets ----------------------------------------------------------------------------------------------------------
+# ---- from_datasets ---------------------------------------------------------------------------------------------------
 
 
 def test_each_data_set_gets_a_loader_and_training_data_are_shuffled() -> None:
@@ -114,7 +114,7 @@ def test_it_trains_from_data_sets(make_trainer: Callable[..., Any], Evaluated: A
     assert trainer.callback_metrics["val"] == 0.5
 
 
-# ---- printing ---------------------------------------------------------------------------------------------------------------
+# ---- printing --------------------------------------------------------------------------------------------------------
 
 
 class Described(LightningDataModule):
@@ -145,7 +145,7 @@ def test_printing_one_without_loaders_does_not_fail() -> None:
     assert "LightningDataModule object" in repr(LightningDataModule())
 
 
-# ---- attached to a trainer --------------------------------------------------------------------------------------------------
+# ---- attached to a trainer -------------------------------------------------------------------------------------------
 
 
 def test_a_new_one_has_no_trainer_and_prepares_on_each_node() -> None:

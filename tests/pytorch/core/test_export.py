@@ -70,7 +70,7 @@ def expected(model: Model) -> Tensor:
     return model.inner.layer(INPUT)  # type: ignore[no-any-return]
 
 
-# ---- TorchScript ------------------------------------------------------------------------------------------------------------
+# ---- TorchScript -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["script", "trace"])
@@ -170,7 +170,7 @@ def test_tracing_without_an_input_is_refused() -> None:
         Adds().to_torchscript(method="trace")
 
 
-# ---- ONNX -------------------------------------------------------------------------------------------------------------------
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
 def evaluate(file: Any, *inputs: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def test_a_missing_package_is_named(absent: list[str], dynamo: bool, named: str,
         Model().to_onnx("model.onnx", dynamo=dynamo)
 
 
-# ---- TensorRT ---------------------------------------------------------------------------------------------------------------
+# ---- TensorRT --------------------------------------------------------------------------------------------------------
 
 
 def test_tensorrt_needs_its_package() -> None:

@@ -27,7 +27,7 @@ def adam(lr: float = 0.1) -> Adam:
     return optimizer
 
 
-# ---- it stands where the wrapped one can ----------------------------------------------------------------------------------
+# ---- it stands where the wrapped one can -----------------------------------------------------------------------------
 
 
 def test_it_is_an_instance_of_the_wrapped_class() -> None:
@@ -115,7 +115,7 @@ def test_it_can_be_referred_to_weakly() -> None:
     assert weakref.ref(wrapper)() is wrapper
 
 
-# ---- stepping ---------------------------------------------------------------------------------------------------------------
+# ---- stepping --------------------------------------------------------------------------------------------------------
 
 
 def test_its_step_goes_where_it_was_told() -> None:
@@ -189,7 +189,7 @@ def test_schedulers_take_it_for_an_optimizer() -> None:
     assert scheduler.optimizer is wrapper
 
 
-# ---- in a run -----------------------------------------------------------------------------------------------------------------
+# ---- in a run --------------------------------------------------------------------------------------------------------
 
 
 class Manual(LightningModule):

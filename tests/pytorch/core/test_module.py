@@ -54,7 +54,7 @@ def do(make_trainer: MakeTrainer, action: Callable[[Any], Any], **arguments: Any
     return result
 
 
-# ---- without a trainer --------------------------------------------------------------------------------------------------------
+# ---- without a trainer -----------------------------------------------------------------------------------------------
 
 
 def test_without_a_trainer_attributes_have_neutral_values() -> None:
@@ -152,7 +152,7 @@ def test_setting_an_attribute_before_init_fails_as_in_torch() -> None:
         Late()
 
 
-# ---- attached -------------------------------------------------------------------------------------------------------------------
+# ---- attached --------------------------------------------------------------------------------------------------------
 
 
 def test_in_a_run_attributes_are_the_trainers(make_trainer: MakeTrainer) -> None:
@@ -221,7 +221,7 @@ def test_dtype_is_that_of_the_runs_precision(precision: str, dtype: torch.dtype,
     assert seen == [(dtype, dtype, dtype)]
 
 
-# ---- copies ---------------------------------------------------------------------------------------------------------------------
+# ---- copies ----------------------------------------------------------------------------------------------------------
 
 
 def test_copies_and_pickles_of_an_attached_module_stand_alone(make_trainer: MakeTrainer) -> None:
@@ -247,7 +247,7 @@ def test_a_copy_made_in_mid_run_leaves_the_run_alone(make_trainer: MakeTrainer) 
     assert other.global_step == 1
 
 
-# ---- freezing -------------------------------------------------------------------------------------------------------------------
+# ---- freezing --------------------------------------------------------------------------------------------------------
 
 
 def test_freezing_turns_off_gradients_and_training_mode_and_unfreezing_turns_them_on() -> None:
@@ -260,7 +260,7 @@ def test_freezing_turns_off_gradients_and_training_mode_and_unfreezing_turns_the
     assert all(module.training for module in model.modules())
 
 
-# ---- print and all_gather ---------------------------------------------------------------------------------------------------------
+# ---- print and all_gather --------------------------------------------------------------------------------------------
 
 
 def test_print_prints_once(make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:

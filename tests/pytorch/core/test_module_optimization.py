@@ -22,7 +22,7 @@ def ones(count: int = 1) -> DataLoader[Tensor]:
     return DataLoader(torch.ones(count, 1))  # type: ignore[arg-type]
 
 
-# ---- toggling -----------------------------------------------------------------------------------------------------------------
+# ---- toggling --------------------------------------------------------------------------------------------------------
 
 
 class Two(LightningModule):
@@ -140,7 +140,7 @@ def test_backward_while_toggled_gives_gradients_to_one_alone(make_trainer: MakeT
     run(make_trainer, check)
 
 
-# ---- optimizers and schedulers ------------------------------------------------------------------------------------------------
+# ---- optimizers and schedulers ---------------------------------------------------------------------------------------
 
 
 class One(LightningModule):
@@ -197,7 +197,7 @@ def test_the_override_of_lr_scheduler_step_gets_scheduler_and_metric(make_traine
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-# ---- manual optimization ------------------------------------------------------------------------------------------------------
+# ---- manual optimization ---------------------------------------------------------------------------------------------
 
 
 def test_manual_backward_runs_the_hooks_around_it(make_trainer: MakeTrainer) -> None:
@@ -245,7 +245,7 @@ def test_arguments_about_gradients_are_refused_in_manual_optimization(arguments:
         make_trainer(**arguments).fit(One(automatic=False), ones())
 
 
-# ---- clipping -----------------------------------------------------------------------------------------------------------------
+# ---- clipping --------------------------------------------------------------------------------------------------------
 
 
 def clipped(make_trainer: MakeTrainer, call: Callable[[Any, Any], None], **arguments: Any) -> float:
@@ -323,7 +323,7 @@ def test_the_override_of_clipping_gets_the_trainers_arguments(make_trainer: Make
     assert calls == [(True, None, None), (True, 0.5, "value")]
 
 
-# ---- overrides of the automatic step --------------------------------------------------------------------------------------------
+# ---- overrides of the automatic step ---------------------------------------------------------------------------------
 
 
 def test_overrides_of_zero_grad_and_backward_take_the_trainers_place(make_trainer: MakeTrainer) -> None:

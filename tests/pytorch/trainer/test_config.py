@@ -33,7 +33,7 @@ def determinism() -> Iterator[None]:
     torch.backends.cudnn.benchmark = benchmark
 
 
-# ---- what is accepted -----------------------------------------------------------------------------------------------------------
+# ---- what is accepted ------------------------------------------------------------------------------------------------
 
 ACCEPTED: list[tuple[str, Any, Any]] = [
     ("fast_dev_run", False, 0), ("fast_dev_run", None, 0), ("fast_dev_run", True, 1), ("fast_dev_run", 0, 0), ("fast_dev_run", 7, 7),
@@ -143,7 +143,7 @@ def test_limits_of_one_batch_and_of_all_are_told_apart(make_trainer: MakeTrainer
     assert "limit_train_batches=1 runs 1 batch; for all batches give 1.0" in caplog.text
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 COUNT_OR_NONE = "a whole number, 0 or more, or None"
 NOT_A_COUNT = [1.5, "3", True, [1], NAN, INFINITY, torch.tensor(3)]
@@ -216,7 +216,7 @@ def test_a_fraction_of_an_epoch_is_refused_where_batches_are_counted_across_epoc
         make_trainer(val_check_interval=interval, check_val_every_n_epoch=None)
 
 
-# ---- arguments that change others -------------------------------------------------------------------------------------------------
+# ---- arguments that change others ------------------------------------------------------------------------------------
 
 
 def test_a_trial_run_bounds_everything(make_trainer: MakeTrainer) -> None:
@@ -264,7 +264,7 @@ def test_benchmark_against_determinism_warns(make_trainer: MakeTrainer) -> None:
         make_trainer(benchmark=True, deterministic=True)
 
 
-# ---- barebones --------------------------------------------------------------------------------------------------------------------
+# ---- barebones -------------------------------------------------------------------------------------------------------
 
 CONFLICTS: list[tuple[str, Any]] = [
     ("logger", True), ("logger", CSVLogger("logs")), ("enable_checkpointing", True), ("enable_progress_bar", True),
@@ -298,7 +298,7 @@ def test_barebones_accepts_what_is_off_anyway() -> None:
     assert trainer.barebones
 
 
-# ---- setting arguments later --------------------------------------------------------------------------------------------------------
+# ---- setting arguments later -----------------------------------------------------------------------------------------
 
 SETTABLE = (
     "fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
@@ -348,7 +348,7 @@ def test_what_a_run_counts_cannot_be_set(make_trainer: MakeTrainer) -> None:
             setattr(trainer, name, 1)
 
 
-# ---- lists --------------------------------------------------------------------------------------------------------------------------
+# ---- lists -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_check_belongs_to_an_argument() -> None:

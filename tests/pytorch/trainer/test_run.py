@@ -90,7 +90,7 @@ def Scheduled(Evaluated: Any) -> Any:
     return Scheduled
 
 
-# ---- an error in any hook -------------------------------------------------------------------------------------------
+# ---- an error in any hook --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*in evaluation mode at the start")
@@ -167,7 +167,7 @@ def test_error_before_anything_runs_reaches_the_callbacks(make_trainer: Any, Wei
     assert trainer.interrupted
 
 
-# ---- interrupts -----------------------------------------------------------------------------------------------------
+# ---- interrupts ------------------------------------------------------------------------------------------------------
 
 
 def test_interrupt_leaves_a_trainer_that_can_be_used(Evaluated: Any, make_trainer: Any, numbers: Any) -> None:
@@ -217,7 +217,7 @@ def test_anomaly_detection_ends_with_the_run(Weight: Any, make_trainer: Any, num
     assert not torch.is_anomaly_enabled()
 
 
-# ---- one run after the other ----------------------------------------------------------------------------------------
+# ---- one run after the other -----------------------------------------------------------------------------------------
 
 
 def test_checkpoint_saved_after_a_test_holds_the_optimizers_of_the_fit(Evaluated: Any, make_trainer: Any, numbers: Any) -> None:

@@ -31,7 +31,7 @@ def noting(base: type, *names: str) -> tuple[Any, list[str]]:
     return type("Noting", (base,), {name: method(name) for name in names})(), calls
 
 
-# ---- strategies ---------------------------------------------------------------------------------------------------------------------
+# ---- strategies ------------------------------------------------------------------------------------------------------
 
 
 def test_a_strategy_of_ones_own_is_asked_at_each_turn(make_trainer: MakeTrainer, Weight: Any, numbers: Any) -> None:
@@ -92,7 +92,7 @@ def test_a_failed_run_tears_the_strategy_down_too(make_trainer: MakeTrainer, Wei
     assert calls == ["teardown"]
 
 
-# ---- precisions ---------------------------------------------------------------------------------------------------------------------
+# ---- precisions ------------------------------------------------------------------------------------------------------
 
 
 def test_a_precision_of_ones_own_is_asked_at_each_turn(make_trainer: MakeTrainer, Weight: Any, numbers: Any) -> None:
@@ -141,7 +141,7 @@ def test_the_forward_context_of_a_precision_holds_in_every_step(make_trainer: Ma
     assert not own.active
 
 
-# ---- accelerators -------------------------------------------------------------------------------------------------------------------
+# ---- accelerators ----------------------------------------------------------------------------------------------------
 
 
 def test_an_accelerator_of_ones_own_is_made_ready_and_torn_down(make_trainer: MakeTrainer, Weight: Any, numbers: Any) -> None:
@@ -152,7 +152,7 @@ def test_an_accelerator_of_ones_own_is_made_ready_and_torn_down(make_trainer: Ma
     assert calls == ["setup_device", "teardown"]
 
 
-# ---- modules made where the run will be -----------------------------------------------------------------------------------------------
+# ---- modules made where the run will be ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("empty_init", [None, False, True])

@@ -156,9 +156,7 @@ def profiler(given: Any) -> Any:
         from lightning.pytorch.profilers.simple import SimpleProfiler
 
         return SimpleProfiler()
-    if isinstance(given, str):
-        raise MisconfigurationException(f"profiler={given!r} is not known; accepted are 'simple', a Profiler, or None.")
-    raise MisconfigurationException(f"profiler={given!r} is a {type(given).__name__}; accepted are 'simple', a Profiler, or None.")
+    raise MisconfigurationException(f"profiler={given!r}: accepted are 'simple', an instance of Profiler, or None.")
 
 
 def set_determinism(config: TrainerConfig) -> None:
@@ -240,8 +238,10 @@ def sanity_check(trainer: Trainer) -> None:
         hooks.on_sanity_check_start()
         trainer.validate_loop.limit = trainer.num_sanity_val_steps
         metrics.muted = True
-        trainer.validate_loop.run()
-        metrics.muted = False
+        try:
+            trainer.validate_loop.run()
+        finally:
+            metrics.muted = False
         hooks.on_sanity_check_end()
     metrics.clear()
     trainer.validate_loop.seen = []

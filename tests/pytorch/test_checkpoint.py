@@ -207,7 +207,10 @@ def test_run_bounded_by_steps_goes_on_in_its_epoch(make_trainer: Any) -> None:
     assert_equal(dict(whole.state_dict()), dict(again.state_dict()))
 
 
-def test_rows_go_on_under_their_steps(make_trainer: Any, Rows: Any) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "hook", "n"), [(1, "on_train_epoch_end", 1), (2, "on_train_batch_end", 8), (2, "on_train_batch_end", 9)]
+)
+def test_rows_go_on_under_their_steps(make_trainer: Any, Rows: Any, accumulate: int, hook: str, n: int) -> None:
     class Logging(Line):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
@@ -218,9 +221,11 @@ def test_rows_go_on_under_their_steps(make_trainer: Any, Rows: Any) -> None:
             self.log("val", 1.0, on_step=True)
 
     first, second = Rows(), Rows()
-    make_trainer(max_epochs=2, logger=first, callbacks=[SaveAt("on_train_epoch_end", 1)]).fit(Logging(), data(), data(2))
-    make_trainer(max_epochs=2, logger=second).fit(Logging(), data(), data(2), ckpt_path="saved.ckpt")
-    assert second.of("loss") == [(step, value) for step, value in first.of("loss") if step >= 6]
+    arguments: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    make_trainer(logger=first, callbacks=[SaveAt(hook, n)], **arguments).fit(Logging(), data(), data(2))
+    make_trainer(logger=second, **arguments).fit(Logging(), data(), data(2), ckpt_path="saved.ckpt")
+    saved = torch.load("saved.ckpt", weights_only=True)["global_step"]
+    assert second.of("loss") == [(step, value) for step, value in first.of("loss") if step >= saved]
     assert second.of("val_step") == [(2, 1.0), (3, 1.0)]
 
 

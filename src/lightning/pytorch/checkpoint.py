@@ -180,7 +180,7 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """
     loop = trainer.fit_loop
     state = checkpoint.get("loops", {}).get("fit_loop", {})
-    progress = state["progress"] if "progress" in state else progress_of_lightning(checkpoint)
+    progress = state["progress"] if "progress" in state else progress_of_lightning(checkpoint, trainer.accumulate_grad_batches)
     epoch = progress["epoch"] + (1 if progress["next"] == Next.EPOCH else 0)
     bounded = loop.max_epochs is not None and loop.max_epochs != -1
     if bounded and epoch > loop.max_epochs:
@@ -194,7 +194,7 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
     loop.restarting = True
 
 
-def progress_of_lightning(checkpoint: Checkpoint) -> dict[str, Any]:
+def progress_of_lightning(checkpoint: Checkpoint, accumulate: int = 1) -> dict[str, Any]:
     """Our cursor, read off the progress trackers that Lightning 2.x saves.
 
     Its trackers count what was ready, started, processed and completed, in total and in the current epoch; a checkpoint of
@@ -212,11 +212,13 @@ def progress_of_lightning(checkpoint: Checkpoint) -> dict[str, Any]:
         return {**progress, "epoch": epochs["completed"], "batch_idx": 0, "next": Next.BATCH}
     if epochs["processed"] == epochs["ready"]:
         return {**progress, "batch_idx": batches["current"]["processed"], "next": Next.EPOCH}
-    ended = batches["is_last_batch"] and batches["current"]["completed"] == batches["current"]["ready"]
+    batch_idx, is_last = batches["current"]["processed"], batches["is_last_batch"]
+    ended = is_last and batches["current"]["completed"] == batches["current"]["ready"]
+    updated = is_last or batch_idx % accumulate == 0  # and counted only when the validation after the batch is done
     return {
         **progress,
-        "batch_idx": batches["current"]["processed"],
-        "stepped": stepped + 1,  # it counts a batch only when the validation after it is done
+        "batch_idx": batch_idx,
+        "stepped": stepped + 1 if updated else stepped,
         "next": Next.EPOCH_END if ended else Next.BATCH,
     }
 

@@ -69,6 +69,8 @@ class FitLoop:
         p, hooks, metrics = self.progress, self.hooks, self.metrics
         if self.finished():
             return
+        self.log_step = max(p.stepped - 1, 0)
+        metrics.restart_flush(p.stepped)
         with torch.enable_grad(), metrics.collecting(self.entries):
             hooks.on_train_start()
             while not self.finished():
@@ -349,8 +351,6 @@ class FitLoop:
         self.val_every_n_epoch = config.check_val_every_n_epoch
         self.val_seconds = config.val_check_seconds
         self.validated_at = time.monotonic()
-        self.log_step = max(self.progress.stepped - 1, 0)
-        self.metrics.restart_flush(self.progress.stepped)
 
     def bound(self) -> None:
         """Bound the run by 1,000 epochs if nothing else bounds it."""

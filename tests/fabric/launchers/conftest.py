@@ -75,14 +75,16 @@ def processes(mark: str) -> list[tuple[int, str]]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Run]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start a program: its arguments, or ``command=[...]``; all its processes are killed after the test."""
     runs = []
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
 
     def begin(*arguments: str, command: list[str] | None = None, **variables: str) -> Run:
         mark = f"LAUNCHER_TEST={uuid.uuid4()}"
         environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-        environment |= {"LAUNCHER_TEST": mark.partition("=")[2], **variables}
+        environment |= {"LAUNCHER_TEST": mark.partition("=")[2], "TMPDIR": str(temporary), **variables}
         process = subprocess.Popen(
             [*(command or [sys.executable, str(PROGRAM)]), *arguments],
             env=environment,
@@ -106,11 +108,9 @@ def run(start: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
     """Run a program to its end, and see that neither a process nor a folder of it is left."""
 
     def run_to_end(*arguments: str, timeout: float = 60, **options: Any) -> Run:
-        temporary = tmp_path / "temporary"
-        temporary.mkdir(exist_ok=True)
-        done = start(*arguments, TMPDIR=str(temporary), **options).finish(timeout)
+        done = start(*arguments, **options).finish(timeout)
         assert done.left() == []
-        assert list(temporary.iterdir()) == []
+        assert list((tmp_path / "temporary").iterdir()) == []
         return done
 
     return run_to_end

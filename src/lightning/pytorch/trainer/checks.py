@@ -29,17 +29,22 @@ def check_model(model: Any, function: str) -> LightningModule:
 
     try:
         return maybe_unwrap_optimized(model)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"`Trainer.{function}(model=...)` needs a LightningModule; got {_short(model)}, "
-            f"a {type(model).__module__}.{type(model).__qualname__}. "
-            "Derive your model's class from `lightning.pytorch.LightningModule`"
-            + (
-                " of this package, not from `pytorch_lightning`."
-                if any(c.__module__.startswith("pytorch_lightning") for c in type(model).__mro__)
-                else "."
-            )
+            f"a {type(model).__module__}.{type(model).__qualname__}. {_advice(model)}"
         ) from None
+
+
+def _advice(model: Any) -> str:
+    if isinstance(model, type) and issubclass(model, LightningModule):
+        return f"Pass an instance of the class, such as `{model.__name__}()`."
+    where = " of this package, not from `pytorch_lightning`" if _is_of_another_package(model) else ""
+    return f"Derive your model's class from `lightning.pytorch.LightningModule`{where}."
+
+
+def _is_of_another_package(model: Any) -> bool:
+    return any(cls.__module__.startswith("pytorch_lightning") for cls in type(model).__mro__)
 
 
 def _short(value: Any) -> str:

@@ -34,3 +34,7 @@ def __getattr__(name: str) -> Any:
     if name in ("fabric", "pytorch"):
         return importlib.import_module(f"lightning.{name}")
     raise AttributeError(f"module 'lightning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "fabric", "pytorch"})

@@ -177,6 +177,17 @@ def test_resumed_run_may_validate_no_more(make_trainer: Any) -> None:
     assert resumed.global_step == 6
 
 
+def test_validation_that_comes_first_in_a_resumed_run_may_end_it(make_trainer: Any) -> None:
+    class Stopping(Line):
+        def on_validation_end(self) -> None:
+            self.trainer.should_stop = True
+
+    make_trainer(callbacks=[SaveAt("on_train_batch_end", 2)], val_check_interval=2).fit(Line(), data(), data(1))
+    again, resumed = Stopping(), make_trainer(val_check_interval=2)
+    resumed.fit(again, data(), data(1), ckpt_path="saved.ckpt")
+    assert again.seen == [("val", 0, 2, 0), ("end", 0)]
+
+
 def test_resumed_run_may_go_on_for_longer_and_not_for_less(make_trainer: Any) -> None:
     trainer = make_trainer(max_epochs=2)
     trainer.fit(Line(), data(), data(1))

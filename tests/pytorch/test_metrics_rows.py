@@ -206,6 +206,16 @@ def test_failing_logger_ends_the_run_and_its_rows_do_not_reach_the_next(Logging:
     assert [step for step, _ in logger.of("x_step")] == [1, 2]
 
 
+def test_validation_steps_of_a_second_fit_go_on_whatever_was_run_between(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
+    rows = Rows()
+    trainer, model = make_trainer(logger=rows, num_sanity_val_steps=1), Logging()
+    trainer.fit(model, numbers(1), numbers(2))
+    trainer.validate(model, numbers(2), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, numbers(1), numbers(2))
+    assert [step for step, _ in rows.of("v_step")] == [0, 1, 0, 1, 2, 3]
+
+
 # ---- what callbacks read --------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,8 @@ class EvaluationLoop:
         self.loaders: EvalLoaders | None = None
         self.limit = float("inf")  # batches of each loader; the sanity check sets it
         self.batch_idx = 0
-        self.seen: list[int] = []  # batches of each loader so far, over all runs: the x values of step rows
+        self.seen: list[int] = []  # batches of each loader in all validation of fit
+        self.counts: list[int] = []  # the same, or from 0 where validation is no part of fit: the x values of step rows
         self.entries: dict[Any, Entry] = {}
         self.verbose = True
 
@@ -71,8 +72,6 @@ class EvaluationLoop:
         if trainer.sanity_checking:
             stage = RunningStage.SANITY_CHECKING
         fitting = trainer.state.fn == "fit"
-        if not fitting:
-            self.seen = []
         with trainer._in_stage(stage):
             self.loaders = trainer._data.evaluation(self.source)
             if sum(self.num_batches) == 0:
@@ -96,7 +95,7 @@ class EvaluationLoop:
 
     def run_loader(self, index: int, loader: Any) -> None:
         """Run through one loader."""
-        metrics, seen = self.trainer._metrics, self.seen
+        metrics, seen = self.trainer._metrics, self.counts
         several = len(self.num_batches) > 1
         where = (index,) if several else ()
         metrics.dataloader_idx = index if several else None
@@ -150,8 +149,8 @@ class EvaluationLoop:
         assert self.loaders is not None
         hooks = trainer._hooks
         several = len(self.loaders.loaders) > 1
-        while len(self.seen) < len(self.loaders.loaders):
-            self.seen.append(0)
+        self.counts = self.seen if trainer.state.fn == "fit" and not trainer.sanity_checking else []
+        self.counts += [0] * (len(self.loaders.loaders) - len(self.counts))
         self.step = trainer.strategy.bind(f"{name}_step")
         self.takes_index = takes_batch_idx(self.step, f"{name}_step", several)
         if trainer._profiler is not None:

@@ -94,6 +94,8 @@ class FitLoop:
                 self.validate()
             else:
                 self.after_validation()
+            if self.done():
+                p.next = Next.EPOCH_END  # that validation asked for a stop
         for batch, is_last in self.batches():  # from p.batch_idx, already on the device
             self.is_last = is_last
             metrics.batch, metrics.batch_size = batch, None

@@ -244,4 +244,3 @@ def sanity_check(trainer: Trainer) -> None:
             metrics.muted = False
         hooks.on_sanity_check_end()
     metrics.clear()
-    trainer.validate_loop.seen = []

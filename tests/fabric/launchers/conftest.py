@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -78,8 +80,9 @@ def processes(mark: str) -> list[tuple[int, str]]:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start a program: its arguments, or ``command=[...]``; all its processes are killed after the test."""
     runs = []
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    # A short path: the fork server's socket lies there, and the name of a socket may have 107 characters.
+    temporary = Path(tempfile.mkdtemp(prefix="launch"))
+    (tmp_path / "temporary").symlink_to(temporary)
 
     def begin(*arguments: str, command: list[str] | None = None, **variables: str) -> Run:
         mark = f"LAUNCHER_TEST={uuid.uuid4()}"
@@ -97,6 +100,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         return runs[-1]
 
     yield begin
+    shutil.rmtree(temporary, ignore_errors=True)
     for run in runs:
         run.end()
         with suppress(Exception):

@@ -61,6 +61,16 @@ def test_half_values_accumulate_beyond_their_range(logged: Any) -> None:
     assert metrics["mean torch.float16"].item() == metrics["mean torch.bfloat16"].item() == 2.5
 
 
+def test_half_precision_of_the_model_is_not_that_of_the_metrics(logged: Any) -> None:
+    def log(module: LightningModule, batch: Tensor, index: int) -> None:
+        module.log("count", torch.tensor(1001), on_epoch=True)  # a bfloat16 has no 1001
+        module.log("mean", torch.tensor(1.0 if index else 1.0078125, dtype=torch.bfloat16), on_epoch=True)
+
+    metrics = logged(log, precision="bf16-true").callback_metrics
+    assert metrics["count"].item() == metrics["count_step"].item() == 1001
+    assert metrics["mean"].item() == 1 + 0.0078125 / 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64])
 @pytest.mark.parametrize(("reduction", "expected"), [("mean", 0.75), ("sum", 3.0), ("min", 0.0), ("max", 1.0)])
 def test_tensors_of_every_type_are_reduced(logged: Any, dtype: torch.dtype, reduction: str, expected: float) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.metric_entry import Entry, resolve_options
 
 
 @pytest.fixture
@@ -107,6 +108,18 @@ def test_nan_reaches_the_reduction_wherever_it_is_logged(logged: Any, reduction:
         module.log("x", torch.tensor(value) if as_tensor else value, on_epoch=True, on_step=False, reduce_fx=reduction)
 
     assert logged(log).callback_metrics["x"].isnan()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "min", "max"])
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")], ids=lambda devices: " then ".join(devices))
+def test_values_of_several_devices_meet_on_the_accelerator(reduction: str, devices: tuple[str, str]) -> None:
+    given = (False, None, True, True, reduction, False, False, None, True, None, False)
+    entry = Entry("x", "training_step", None, given, resolve_options("x", "training_step", given))
+    for device in devices:
+        entry.add(torch.ones((), device=device), 1)
+    # A device without memory stands for any accelerator: nothing could be read from it.
+    assert entry.epoch_value().device.type == "meta"
+    assert entry.value.device.type == devices[1]
 
 
 def test_each_epoch_is_reduced_on_its_own(logged: Any, Rows: Any) -> None:

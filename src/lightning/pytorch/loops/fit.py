@@ -90,12 +90,7 @@ class FitLoop:
             hooks.on_train_epoch_start()
         self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
-            if self.validates:
-                self.validate()
-            else:
-                self.after_validation()
-            if self.done():
-                p.next = Next.EPOCH_END  # that validation asked for a stop
+            self.catch_up()
         for batch, is_last in self.batches():  # from p.batch_idx, already on the device
             self.is_last = is_last
             metrics.batch, metrics.batch_size = batch, None
@@ -276,6 +271,15 @@ class FitLoop:
                 self.free_gradients()
         self.trainer.validate_loop.run(finishing=self.after_validation)
         self.validated_at = time.monotonic()
+
+    def catch_up(self) -> None:
+        """Validate before the first batch of a resumed run, if it still validates; that may end it."""
+        if self.validates:
+            self.validate()
+        else:
+            self.after_validation()
+        if self.done():
+            self.progress.next = Next.EPOCH_END
 
     def after_validation(self) -> None:
         """From here on a checkpoint says that this validation is done."""

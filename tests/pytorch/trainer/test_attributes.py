@@ -184,6 +184,45 @@ def test_the_model_its_optimizers_and_schedulers_are_there_during_and_after(make
     assert trainer.strategy.optimizers == [other]
 
 
+@pytest.mark.parametrize("kind", ["plain", "override", "manual"])
+def test_optimizers_set_in_mid_run_take_the_next_step(kind: str, make_trainer: MakeTrainer, Weight: Any, numbers: Any) -> None:
+    class Model(Weight):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = kind != "manual"
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=100.0)]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if kind == "manual":
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    class Override(Model):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer.step(optimizer_closure)
+
+    model = Override() if kind == "override" else Model()
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, numbers(1, start=1))
+    assert model.weight.item() == -1 - 100
+    assert trainer.global_step == 2
+
+
+def test_several_optimizers_set_in_mid_run_are_refused_in_automatic_optimization(
+    make_trainer: MakeTrainer, Weight: Any, numbers: Any
+) -> None:
+    model = Weight()
+    model.on_train_start = lambda: setattr(model.trainer, "optimizers", model.trainer.optimizers * 2)
+    with pytest.raises(RuntimeError, match="returned 2 optimizers, and automatic optimization steps one"):
+        make_trainer().fit(model, numbers(1))
+
+
 def test_loaders_and_their_numbers_of_batches(make_trainer: MakeTrainer, Evaluated: Any, numbers: Any) -> None:
     train, first, second = numbers(4), numbers(3), numbers(5)
     seen: list[Any] = []

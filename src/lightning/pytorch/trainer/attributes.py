@@ -158,7 +158,9 @@ class TrainerAttributes:
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Any]) -> None:
-        self.strategy.optimizers = optimizers
+        from lightning.pytorch.trainer import parts
+
+        parts.replace_optimizers(self, optimizers)
 
     @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:

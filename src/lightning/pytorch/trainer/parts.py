@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -14,13 +16,16 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.core.datamodule import LightningDataModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.dispatch import sorted_callbacks
+from lightning.pytorch.loops import bind
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.config import TrainerConfig, as_list
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.module import LightningModule
+    from lightning.pytorch.trainer.attributes import TrainerAttributes
     from lightning.pytorch.trainer.trainer import Trainer
 
 
@@ -196,6 +201,19 @@ def module_or_last(trainer: Trainer, model: Any, function: TrainerFn) -> Lightni
     if trainer.lightning_module is None:
         raise TypeError(f"`Trainer.{function.value}()` needs a model: pass one, since this trainer has not run any yet.")
     return trainer.lightning_module
+
+
+def replace_optimizers(trainer: TrainerAttributes, optimizers: Sequence[Optimizer]) -> None:
+    """Take other optimizers than those of ``configure_optimizers``; in the middle of a fit the next step takes them."""
+    strategy, loop, module = trainer.strategy, trainer.fit_loop, trainer.lightning_module
+    fitting = trainer.state.fn is TrainerFn.FITTING and bool(strategy._lightning_optimizers)
+    strategy.optimizers = list(optimizers)
+    strategy._lightning_optimizers = [LightningOptimizer(optimizer, loop.user_optimizer_step, module) for optimizer in optimizers]
+    if fitting and module.automatic_optimization:
+        checks.check_optimizers(module, strategy.optimizers)
+        loop.optimizer = strategy.optimizers[0]
+        loop.update = bind.update(loop.trainer, loop)
+        loop.zero_grad = bind.zero_grad(loop.trainer, loop)
 
 
 def ready_to_fit(trainer: Trainer) -> bool:

@@ -109,6 +109,9 @@ def _child(pipe: Any, where: tuple[str, str], rank: int, size: int, arguments: t
     import torch
 
     faulthandler.dump_traceback_later(max(timeout - 1, 1), exit=False)
+    # The fork server keeps the environment of the test that started it.
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(1)

@@ -282,14 +282,15 @@ class Metrics:
 
     # ---- flush ------------------------------------------------------------------------------------------------------
 
-    def flush(self, stepped: int, step: int) -> None:
+    def flush(self, stepped: int, step: int, stopping: bool = False) -> None:
         """Start sending the step values to the loggers if due, and deliver what has arrived on the host.
 
         Args:
             stepped: how many batches were stepped on, which decides what is due.
             step: the x value of the rows.
+            stopping: whether a stop was asked for, so that there may be no later step to send.
         """
-        if stepped % self.every == 0:
+        if self.every and (stopping or stepped % self.every == 0):
             self.send_step_values(step)
         self._deliver(wait=False)
         self.restart_flush(stepped)

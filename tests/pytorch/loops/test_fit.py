@@ -89,8 +89,8 @@ def test_time_gives_way_to_the_minimum_of_steps(Weight: Any, make_trainer: Any, 
     [
         ("on_fit_start", 1, 0),
         ("on_train_start", 1, 0),
-        ("on_train_epoch_start", 1, 1),
-        ("on_train_epoch_start", 2, 5),
+        ("on_train_epoch_start", 1, 0),
+        ("on_train_epoch_start", 2, 4),
         ("on_train_batch_start", 2, 2),
         ("on_before_zero_grad", 2, 2),
         ("on_before_backward", 2, 2),
@@ -146,7 +146,14 @@ def test_stop_asked_for_inside_an_accumulation_window_waits_for_its_update(
 
 
 @pytest.mark.parametrize(
-    ("minimum", "batches"), [({"min_epochs": 2}, 8), ({"min_steps": 6}, 6), ({"min_steps": 3}, 3), ({"min_epochs": 2, "min_steps": 3}, 8)]
+    ("minimum", "batches"),
+    [
+        ({"min_epochs": 2}, 8),
+        ({"min_steps": 6}, 6),
+        ({"min_steps": 3}, 4),
+        ({"min_epochs": 0, "min_steps": 3}, 3),
+        ({"min_epochs": 2, "min_steps": 3}, 8),
+    ],
 )
 def test_nothing_stops_a_run_before_its_minimum(Weight: Any, make_trainer: Any, numbers: Any, minimum: Any, batches: int) -> None:
     model = Weight()

@@ -88,6 +88,8 @@ class FitLoop:
         if p.next is Next.BATCH and p.batch_idx == 0:
             self.log_step = p.stepped
             hooks.on_train_epoch_start()
+            if trainer.should_stop and self.done():
+                p.next = Next.EPOCH_END  # without a batch
         self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
             self.catch_up()
@@ -108,14 +110,15 @@ class FitLoop:
             hooks.on_train_batch_end(self.outputs, batch, p.batch_idx - 1)
             if trainer.should_stop and p.next is Next.BATCH and self.validation_due():
                 p.next = Next.VALIDATE  # a callback just asked to stop: the last weights are validated too
-            if p.stepped >= metrics.flush_at:
-                metrics.flush(p.stepped, self.log_step)  # the only device-to-host read
+            if p.stepped >= metrics.flush_at or (trainer.should_stop and self.updates):
+                metrics.flush(p.stepped, self.log_step, trainer.should_stop)  # the only device-to-host read
             if p.next is Next.VALIDATE:
                 self.validate()
             if self.updates:
                 self.schedulers.step_plateau_batch()
                 if (trainer.should_stop or p.global_step >= last_step) and self.done():
                     break
+        self.log_step = p.stepped - 1  # also where the epoch had no batch, or its last one was passed over
         # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
         p.next = Next.EPOCH if self.is_last or not self.done() else Next.BATCH
         metrics.close_epoch()
@@ -359,7 +362,9 @@ class FitLoop:
         self.validated_at = time.monotonic()
 
     def bound(self) -> None:
-        """Bound the run by 1,000 epochs if nothing else bounds it."""
+        """Bound the run by 1,000 epochs if nothing else bounds it; a minimum of steps alone means that of an epoch too."""
+        if self.min_epochs is None and self.min_steps is not None:
+            self.min_epochs = 1
         if self.max_epochs is not None:
             return
         if self.max_steps == -1 and self.trainer.max_time is None:

@@ -198,7 +198,7 @@ class TrainerAttributes:
     def log_due(self) -> bool:
         """Whether the step values of the current training batch go to the loggers."""
         every = self._config.log_every_n_steps
-        return bool(self._loggers) and every > 0 and (self.fit_loop.log_step + 1) % every == 0
+        return bool(self._loggers) and every > 0 and (self.should_stop or (self.fit_loop.log_step + 1) % every == 0)
 
     @property
     def max_epochs(self) -> int | None:

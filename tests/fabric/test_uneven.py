@@ -169,7 +169,7 @@ def joined(rank: int, size: int, lengths: list[int], known: bool, sync: bool, ac
             optimizer.step()
             optimizer.zero_grad()
     strategy.teardown()
-    return plain(strategy.module_state_dict())
+    return plain(strategy.lightning_module_state_dict())
 
 
 def alone(lengths: list[int], sync: bool, accumulate: int) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def check_uneven_loaders_with_synchronised_batch_norm(rank: int, backend: str) -
             if index % 2:
                 optimizer.step()
                 optimizer.zero_grad()
-        weights = plain(strategy.module_state_dict())
+        weights = plain(strategy.lightning_module_state_dict())
         strategy.teardown()
         reference = Net(normalises=True).to(here(rank))
         optimizer = torch.optim.SGD(reference.parameters(), 0.1)

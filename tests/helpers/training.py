@@ -69,7 +69,7 @@ def train(strategy: Strategy, module: nn.Module, data: list[Tensor], accumulate:
         else:
             with strategy.no_backward_sync():
                 closure()
-    return plain(strategy.module_state_dict())
+    return plain(strategy.lightning_module_state_dict())
 
 
 def plain(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": __version__.split("+")[0],
-        "state_dict": strategy.module_state_dict(),
+        "state_dict": strategy.lightning_module_state_dict(),
         "loops": _loops_state(trainer),
         "keraunos": {"version": KERAUNOS_VERSION, "format": FORMAT},
     }
@@ -101,7 +101,7 @@ def restore_modules(trainer: Trainer, checkpoint: Checkpoint) -> None:
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     strategy.precision.on_load_checkpoint(checkpoint)
     module.on_load_checkpoint(checkpoint)
-    strategy.load_module_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     if datamodule is not None:
         state = checkpoint.get(type(datamodule).__qualname__)
         if state is not None:

@@ -147,8 +147,8 @@ def wrapped(rank: int, size: int) -> dict[str, Any]:
     strategy.backward(loss)
     hooked_by_step = module.hooked
     output = model(batches()[0])
-    keys = list(strategy.module_state_dict())
-    strategy.load_module_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
+    keys = list(strategy.lightning_module_state_dict())
+    strategy.load_model_state_dict({"state_dict": {name: torch.zeros_like(value) for name, value in module.state_dict().items()}})
     facts = {
         "wrapped": type(model).__name__,
         "views": model.gradient_as_bucket_view,  # type: ignore[union-attr]

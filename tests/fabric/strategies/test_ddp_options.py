@@ -114,7 +114,7 @@ def manual(strategy: Any, data: list[Tensor]) -> dict[str, Any]:
     step = strategy.bind("training_step")
     for index, batch in enumerate(data):
         step(batch, index)
-    return plain(strategy.module_state_dict())
+    return plain(strategy.lightning_module_state_dict())
 
 
 class Alone(SingleDeviceStrategy):
@@ -179,7 +179,7 @@ def sparse(strategy: Any, data: list[Tensor]) -> dict[str, Any]:
         optimizer.zero_grad()
         strategy.backward(strategy.bind("training_step")(batch, index))
         optimizer.step()
-    return plain(strategy.module_state_dict())
+    return plain(strategy.lightning_module_state_dict())
 
 
 def sparse_in_processes(rank: int, size: int) -> dict[str, Any]:

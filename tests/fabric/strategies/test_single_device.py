@@ -168,10 +168,10 @@ def test_weights_are_saved_and_loaded(tmp_path: Path) -> None:
     strategy = SingleDeviceStrategy()
     strategy.connect(nn.Linear(1, 1))
     path = tmp_path / "a" / "b.ckpt"
-    strategy.save_checkpoint({"state_dict": strategy.module_state_dict()}, path)
+    strategy.save_checkpoint({"state_dict": strategy.lightning_module_state_dict()}, path)
     other = SingleDeviceStrategy()
     other.connect(nn.Linear(1, 1))
-    other.load_module_state_dict(strategy.load_checkpoint(path)["state_dict"])
+    other.load_model_state_dict(strategy.load_checkpoint(path))
     assert torch.equal(other.model.weight, strategy.model.weight)
     strategy.remove_checkpoint(path)
     assert not path.exists()
@@ -182,8 +182,8 @@ def test_weights_that_do_not_fit_are_refused_where_that_is_asked_for() -> None:
     strategy.connect(nn.Linear(1, 1))
     weights = {"weight": torch.zeros(1, 1), "other": torch.zeros(1)}
     with pytest.raises(RuntimeError, match="other"):
-        strategy.load_module_state_dict(weights)
-    strategy.load_module_state_dict(weights, strict=False)
+        strategy.load_model_state_dict({"state_dict": weights})
+    strategy.load_model_state_dict({"state_dict": weights}, strict=False)
     assert strategy.model.weight.item() == 0
 
 

@@ -48,7 +48,7 @@ class ParallelStrategy(Strategy):
     strategy_name = "parallel"
     parallel_devices: list[torch.device] | None = None
     num_nodes: int = 1
-    launcher: Any = None  # starts the processes; None where something else has
+    is_distributed = True
 
     def __init__(
         self,
@@ -103,11 +103,6 @@ class ParallelStrategy(Strategy):
         if self.cluster_environment is not None:
             return self.cluster_environment.node_rank()
         return self.global_rank // self.num_processes
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there are processes to talk to; True for every strategy of this kind."""
-        return True
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class Strategy:
     """
 
     strategy_name = "single_device"
+    launcher: Any = None  # starts the processes; None where there is one, or something else has started them
+    is_distributed = False  # whether there may be other processes to talk to
+    forward_is_collective = False  # whether a forward pass needs every process, as where weights are sharded
+    restore_checkpoint_after_setup = False  # whether weights are restored after module and optimizers were set up, not before
 
     def __init__(
         self, accelerator: Accelerator | None = None, checkpoint_io: CheckpointIO | None = None, precision: Precision | None = None
@@ -136,8 +140,13 @@ class Strategy:
         """Take the user's module, before it is set up."""
         self.module = self.model = module
 
-    def setup_module(self, module: Module) -> Module:
-        """Return the module as it will run: converted, moved, and wrapped where the strategy wraps."""
+    def setup_module(self, module: Module, training: bool = True) -> Module:
+        """Return the module as it will run: converted, moved, and wrapped where the strategy wraps.
+
+        Args:
+            module: the user's.
+            training: whether it will be trained, rather than only evaluated.
+        """
         module = self.precision.convert_module(module)
         self.module_to_device(module)
         return module
@@ -150,6 +159,18 @@ class Strategy:
         """Return the optimizer as it will run."""
         return optimizer
 
+    def prepare_training(self, accumulate_grad_batches: int, gradient_clip_val: float | None, gradient_clip_algorithm: str | None) -> None:
+        """Learn how the loop will step, before the optimizers are set up: for engines that accumulate and clip by themselves."""
+
+    def setup_optimizers(self, optimizers: list[Optimizer], scheduler_configs: list[Any]) -> list[Optimizer]:
+        """Return the optimizers of the module as they will run, after it was set up.
+
+        Args:
+            optimizers: those that the user's ``configure_optimizers`` returned.
+            scheduler_configs: the schedulers that came with them; an engine that steps its own changes this list in place.
+        """
+        return [self.setup_optimizer(optimizer) for optimizer in optimizers]
+
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """A context to build a module in: on the device and in the precision of the run.
@@ -161,7 +182,7 @@ class Strategy:
             yield
 
     @contextmanager
-    def tensor_init_context(self) -> Generator[None, None, None]:
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """A context in which new tensors are on the device and in the precision of the run."""
         with self.root_device, self.precision.tensor_init_context():
             yield
@@ -235,24 +256,33 @@ class Strategy:
         """Whether all processes, or any, say True."""
         return decision
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What a DistributedSampler has to know; nothing where there is one process."""
+        return {}
+
     def sync_buffers(self) -> None:
         """Give every process the buffers of rank 0, before evaluation; all of them must call it."""
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
-    def module_state_dict(self) -> dict[str, Any]:
-        """The weights of the user's module."""
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights of the user's module, as a checkpoint holds them; every process must call it."""
         assert self.module is not None
         return self.module.state_dict()
 
-    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights of the user's module.
 
+        Args:
+            checkpoint: holds them under ``"state_dict"``.
+            strict: whether all keys must match.
+
         Raises:
-            RuntimeError: if ``strict`` and keys or shapes do not match.
+            RuntimeError: if ``strict`` and keys do not match, or shapes differ.
         """
         assert self.module is not None
-        self.module.load_state_dict(state_dict, strict=strict)
+        self.module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of an optimizer."""
@@ -262,19 +292,22 @@ class Strategy:
         """Load the state of an optimizer."""
         optimizer.load_state_dict(state)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint: all of it, or nothing."""
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint: all of it, or nothing; every process must call it."""
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    def load_checkpoint(self, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint to the CPU, so that the device never holds it twice."""
-        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint."""
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(path)
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Hear that this process has failed: from here on nothing may wait for another one."""
 
     def teardown(self) -> None:
         """Bring module and optimizer state back to the CPU, and free the device."""

@@ -137,7 +137,7 @@ class TrainerAttributes:
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """The arguments of a DistributedSampler, None with one process."""
-        return getattr(self.strategy, "distributed_sampler_kwargs", None)
+        return self.strategy.distributed_sampler_kwargs or None
 
     # ---- the model and its optimizers -------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only)
         checkpoint = checks.migrated(checkpoint, path)
         ckpt.restore_modules(trainer, checkpoint)
-    strategy.model = strategy.setup_module(module)
+    strategy.model = strategy.setup_module(module, training=fitting)
     if trainer.enable_autolog_hparams and trainer.loggers:
         from lightning.pytorch.loggers.utilities import log_hyperparams
 
@@ -190,7 +190,8 @@ def set_up_optimizers(trainer: Trainer) -> None:
     with in_scope(trainer, "configure_optimizers"):
         optimizers, configs = configure_optimizers(module)
     checks.check_optimizers(module, optimizers)
-    strategy.optimizers = [strategy.setup_optimizer(optimizer) for optimizer in optimizers]
+    strategy.prepare_training(trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+    strategy.optimizers = strategy.setup_optimizers(optimizers, configs)
     strategy.lr_scheduler_configs = configs
     strategy._lightning_optimizers = [LightningOptimizer(optimizer, loop.user_optimizer_step, module) for optimizer in strategy.optimizers]
 

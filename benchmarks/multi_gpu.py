@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from machine import describe_machine
 
+HERE = Path(__file__).resolve().parent
 ENGINES, WRITERS = ("ddp", "fsdp"), ("hand", "trainer", "reference")
 UPSTREAM = re.compile(r"(lightning|pytorch_lightning)(-.*)?$", re.IGNORECASE)
 FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")

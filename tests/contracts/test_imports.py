@@ -22,7 +22,7 @@ FABRIC_LAYERS = {
     "launchers": "plugins utilities",
     "uneven": "collectives plugins utilities",
     "strategies": "uneven launchers plugins accelerators precision checkpoint collectives utilities",
-    "runtime": "strategies accelerators precision quantization checkpoint collectives plugins utilities",
+    "runtime": "strategies launchers accelerators precision quantization checkpoint collectives plugins utilities",
 }
 # Every part of ``pytorch`` may import ``fabric`` as well.
 PYTORCH_LAYERS = {
@@ -34,10 +34,11 @@ PYTORCH_LAYERS = {
     "demos": "core utilities",
     "dispatch": "callbacks core utilities",
     "metric_entry": "core utilities",
-    "metrics": "metric_entry core utilities",
+    "reduction": "metric_entry core utilities",
+    "metrics": "reduction metric_entry core utilities",
     "data": "dispatch callbacks core utilities",
     "checkpoint": "dispatch callbacks core utilities",
-    "loops": "metrics metric_entry data checkpoint dispatch callbacks core utilities",
+    "loops": "reduction metrics metric_entry data checkpoint dispatch callbacks core utilities",
     "trainer": "loops metrics metric_entry data checkpoint dispatch callbacks loggers profilers core utilities",
     "accelerators": "",
     "strategies": "",

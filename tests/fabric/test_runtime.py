@@ -11,7 +11,7 @@ from lightning.fabric.accelerators import Accelerator, CPUAccelerator
 from lightning.fabric.checkpoint.io import TorchCheckpointIO
 from lightning.fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.fabric.runtime import Runtime, resolve
-from lightning.fabric.strategies import SingleDeviceStrategy, Strategy
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 CPU = torch.device("cpu")
@@ -84,10 +84,11 @@ def test_the_devices_of_an_accelerator_of_ones_own_are_used() -> None:
     assert runtime.strategy.root_device == torch.device("meta", 2)
 
 
-def test_of_several_devices_auto_takes_one_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        assert resolve(accelerator=ThreeMeta()).devices == [torch.device("meta", 0)]
-    assert "Using 1 of 3 meta devices" in caplog.text
+def test_auto_takes_all_devices_that_there_are() -> None:
+    runtime = resolve(accelerator=ThreeMeta())
+    assert runtime.devices == [torch.device("meta", index) for index in range(3)]
+    assert type(runtime.strategy) is DDPStrategy
+    assert resolve(accelerator=ThreeMeta(), strategy="single_device").devices == [torch.device("meta", 0)]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"accelerator": ThreeMeta(), "devices": []}, MisconfigurationException, r"devices=\[\]: ThreeMeta has no such device"),
     ({"precision": "17"}, ValueError, "precision='17' is not known"),
     ({"precision": [16]}, ValueError, r"precision=\[16\] is not known"),
-    ({"plugins": "fast"}, MisconfigurationException, "plugins got 'fast', a str; accepted are instances of Precision and of CheckpointIO"),
+    (
+        {"plugins": "fast"},
+        MisconfigurationException,
+        "plugins got 'fast', a str; accepted are instances of Precision, CheckpointIO, ClusterEnvironment, LayerSync",
+    ),
     ({"plugins": [object()]}, MisconfigurationException, "a object; accepted are instances"),
     ({"plugins": [DoublePrecision]}, MisconfigurationException, "a type; accepted are instances"),
     ({"plugins": [DoublePrecision(), Precision()]}, MisconfigurationException, "plugins got two of the kind Precision"),

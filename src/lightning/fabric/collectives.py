@@ -22,6 +22,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_tensors",
+    "compare",
     "gather_object",
     "host_device",
     "is_distributed",
@@ -132,13 +133,36 @@ def reduce_named(values: Mapping[str, tuple[Tensor, str]], group: Any = None) ->
     return {name: reduced[name] for name in entries}
 
 
-def _check_same_names(kinds: dict[str, str], group: Any) -> None:
-    """Compare by one hash in each process; only where these differ are the names themselves exchanged."""
+def compare(kinds: Mapping[str, str], details: Any = None, group: Any = None) -> list[Any] | None:
+    """Find out whether all processes hold the same; every one of them must call it.
+
+    It takes a gather of one hash from each process; only where these differ is more exchanged.
+
+    Args:
+        kinds: names, each with what must be equal.
+        details: what to tell the others where something differs; None for ``kinds``.
+        group: the processes; None for all.
+
+    Returns:
+        None if all hold the same, else the details of all processes in the order of their ranks.
+
+    Example::
+
+        >>> compare({"loss": "mean"}) is None  # of one process
+        True
+    """
+    if not is_distributed():
+        return None
     text = "\n".join(f"{name}\0{kinds[name]}" for name in sorted(kinds))
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     hashes = all_gather(torch.tensor(number, device=host_device(group)), group).tolist()
-    if len(set(hashes)) > 1:
-        raise MisconfigurationException(_describe_difference(gather_object(kinds, group)))
+    return gather_object(dict(kinds) if details is None else details, group) if len(set(hashes)) > 1 else None
+
+
+def _check_same_names(kinds: dict[str, str], group: Any) -> None:
+    different = compare(kinds, None, group)
+    if different is not None:
+        raise MisconfigurationException(_describe_difference(different))
 
 
 def _describe_difference(kinds: list[dict[str, str]]) -> str:

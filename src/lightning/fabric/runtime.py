@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,9 +14,13 @@ from lightning.fabric.precision import Precision, build_precision, parse_precisi
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 
-STRATEGY_NAMES = ("auto", "single_device")
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.layer_sync import LayerSync
+    from lightning.fabric.strategies.parallel import ParallelStrategy
+
+WITHOUT_REGISTRY = ("auto", "single_device")  # names for one device, which need none of the other strategies
 BUILT_IN = ("cpu", "cuda", "mps", "tpu")
 ACCELERATOR_OF = {"xla": "tpu"}  # where a device has another name than its accelerator
 
@@ -28,7 +33,7 @@ class Runtime:
         accelerator: the kind of device.
         devices: the devices of this machine that take part.
         num_nodes: the number of machines.
-        strategy: how the work is laid out; it holds the precision and the checkpoint writer.
+        strategy: how the work is laid out; it holds the precision, the checkpoint writer, and what starts the processes.
     """
 
     accelerator: Accelerator
@@ -42,6 +47,16 @@ class Runtime:
         return self.strategy.precision
 
 
+@dataclass
+class Parts:
+    """The plugins by kind; at most one of each."""
+
+    precision: Precision | None = None
+    checkpoint_io: Any = None
+    environment: ClusterEnvironment | None = None
+    layer_sync: LayerSync | None = None
+
+
 def resolve(
     accelerator: str | Accelerator = "auto",
     strategy: str | Strategy = "auto",
@@ -49,20 +64,23 @@ def resolve(
     num_nodes: int = 1,
     precision: int | str | None = None,
     plugins: Any = None,
+    sync_batchnorm: bool = False,
 ) -> Runtime:
     """Decide what to run on.
 
     Args:
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"``, ``"tpu"``, a registered name, or an Accelerator.
-        strategy: ``"auto"``, a name, or a Strategy.
-        devices: a count, a list of indices, a string of either, -1 for all, or ``"auto"``.
+        strategy: ``"auto"``, a registered name such as ``"ddp"``, or a Strategy. ``"auto"`` is one device where there is one, else
+            DDP: in processes that run the script again, or, in a notebook, in forks of this one; on TPUs XLA.
+        devices: a count, a list of indices, a string of either, -1 for all, or ``"auto"``: all, and one process on the CPU.
         num_nodes: machines that take part.
         precision: see :func:`lightning.fabric.precision.parse_precision`.
-        plugins: a Precision, a CheckpointIO, or a list of such.
+        plugins: a Precision, a CheckpointIO, a ClusterEnvironment, a LayerSync, or a list of such.
+        sync_batchnorm: compute batch normalisation over all processes.
 
     Raises:
         MisconfigurationException: if the machine cannot serve the request, or arguments contradict each other.
-        ValueError: for a name that is not known, or a number of nodes that is none.
+        ValueError: for a name that is not known, a number of nodes that is none, or a strategy that does not serve the accelerator.
 
     Example::
 
@@ -72,38 +90,81 @@ def resolve(
     """
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
         raise ValueError(f"num_nodes={num_nodes!r}: a whole number of machines, 1 or more, is needed.")
-    if strategy not in STRATEGY_NAMES if isinstance(strategy, str) else not isinstance(strategy, Strategy):
-        raise ValueError(
-            f"strategy={strategy!r} is not known. Accepted: {', '.join(map(repr, STRATEGY_NAMES))}, or an instance of Strategy."
-        )
-    precision_plugin, checkpoint_io = _sort_plugins(plugins)
+    _check_strategy(strategy)
+    parts = _sort_plugins(plugins)
     chosen = _accelerator_of(accelerator, strategy)
     parallel = _devices_of(chosen, devices, strategy)
-    if num_nodes * len(parallel) > 1:
+    built = _build(strategy, chosen, parallel, num_nodes) if isinstance(strategy, str) else strategy
+    if num_nodes * len(parallel) > 1 and not built.is_distributed:
         raise MisconfigurationException(
-            f"devices={devices!r} with num_nodes={num_nodes} asks for {num_nodes * len(parallel)} processes, and the strategies of this "
-            "version run on one device. Use devices=1 and num_nodes=1."
+            f"devices={devices!r} with num_nodes={num_nodes} asks for {num_nodes * len(parallel)} processes, and "
+            f"{type(built).__name__} runs on one device. Use strategy='ddp' or another of several processes, or devices=1 and num_nodes=1."
         )
-    if isinstance(strategy, str):
-        strategy = SingleDeviceStrategy(device=parallel[0])
-    _equip(strategy, chosen, precision, precision_plugin, checkpoint_io)
-    return Runtime(chosen, parallel, num_nodes, strategy)
+    if chosen.name() == "mps" and built.is_distributed:
+        raise ValueError(f"strategy={strategy!r}: no library carries collectives between MPS devices. Use devices=1 and strategy='auto'.")
+    _equip(built, chosen, precision, parts)
+    if built.is_distributed:
+        _place(
+            built,  # type: ignore[arg-type]
+            parallel,
+            num_nodes,
+            parts,
+            sync_batchnorm,
+        )
+    return Runtime(chosen, parallel, num_nodes, built)
 
 
-def _sort_plugins(plugins: Any) -> tuple[Precision | None, Any]:
+def _check_strategy(strategy: Any) -> None:
+    if isinstance(strategy, Strategy) or (isinstance(strategy, str) and strategy in WITHOUT_REGISTRY):
+        return
+    from lightning.fabric.strategies import STRATEGY_REGISTRY
+
+    if not (isinstance(strategy, str) and strategy in STRATEGY_REGISTRY):
+        names = ", ".join(map(repr, ("auto", *STRATEGY_REGISTRY)))
+        raise ValueError(f"strategy={strategy!r} is not known. Accepted: {names}, or an instance of Strategy.")
+
+
+def _build(name: str, accelerator: Accelerator, devices: list[torch.device], num_nodes: int) -> Strategy:
+    """The strategy of that name, which on one device may need to be told which."""
+    if name == "auto":
+        name = _automatic(accelerator, num_nodes * len(devices))
+    if name == "single_device":
+        return SingleDeviceStrategy(device=devices[0])
+    from lightning.fabric.strategies import STRATEGY_REGISTRY
+
+    if name in ("single_xla", "single_tpu"):
+        entry = STRATEGY_REGISTRY[name]
+        return entry["strategy"](device=devices[0])  # type: ignore[no-any-return]
+    return STRATEGY_REGISTRY.get(name)  # type: ignore[no-any-return]
+
+
+def _automatic(accelerator: Accelerator, processes: int) -> str:
+    if accelerator.name() == "tpu":
+        return "xla" if processes > 1 else "single_xla"
+    if processes == 1:
+        return "single_device"
+    return "ddp_notebook" if hasattr(sys, "ps1") else "ddp"
+
+
+def _sort_plugins(plugins: Any) -> Parts:
+    found = Parts()
+    if plugins is None:
+        return found
     from lightning.fabric.checkpoint.io import CheckpointIO
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.layer_sync import LayerSync
 
-    found: dict[type, Any] = {}
-    for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
-        kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(plugin, kind)), None)
-        if kind is None:
-            raise MisconfigurationException(
-                f"plugins got {plugin!r}, a {type(plugin).__name__}; accepted are instances of Precision and of CheckpointIO."
-            )
-        if kind in found:
-            raise MisconfigurationException(f"plugins got two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Keep one.")
-        found[kind] = plugin
-    return found.get(Precision), found.get(CheckpointIO)
+    kinds = {"precision": Precision, "checkpoint_io": CheckpointIO, "environment": ClusterEnvironment, "layer_sync": LayerSync}
+    for plugin in plugins if isinstance(plugins, (list, tuple)) else [plugins]:
+        name = next((name for name, kind in kinds.items() if isinstance(plugin, kind)), None)
+        if name is None:
+            accepted = ", ".join(kind.__name__ for kind in kinds.values())
+            raise MisconfigurationException(f"plugins got {plugin!r}, a {type(plugin).__name__}; accepted are instances of {accepted}.")
+        other = getattr(found, name)
+        if other is not None:
+            raise MisconfigurationException(f"plugins got two of the kind {kinds[name].__name__}: {other!r} and {plugin!r}. Keep one.")
+        setattr(found, name, plugin)
+    return found
 
 
 def _accelerator_of(accelerator: str | Accelerator, strategy: str | Strategy) -> Accelerator:
@@ -128,13 +189,13 @@ def _devices_of(accelerator: Accelerator, devices: Any, strategy: str | Strategy
     if devices is None:
         raise MisconfigurationException("devices=None: give a count, a list of indices, -1 for all, or 'auto'.")
     single = strategy.root_device if isinstance(strategy, SingleDeviceStrategy) else None
-    if single is not None and devices == "auto":
+    if devices == "auto" and single is not None:
         return [single]
+    given: list[torch.device] | None = getattr(strategy, "parallel_devices", None)
+    if devices == "auto" and given:
+        return given
     if devices == "auto":
-        available = accelerator.auto_device_count()
-        if available > 1:
-            rank_zero_info(f"Using 1 of {available} {accelerator.name()} devices.")
-        devices = 1
+        devices = accelerator.auto_device_count() if strategy != "single_device" else 1
     found = list(accelerator.get_parallel_devices(accelerator.parse_devices(devices)))
     if not found:
         raise MisconfigurationException(f"devices={devices!r}: {type(accelerator).__name__} has no such device.")
@@ -145,10 +206,10 @@ def _devices_of(accelerator: Accelerator, devices: Any, strategy: str | Strategy
     return [single]
 
 
-def _equip(strategy: Strategy, accelerator: Accelerator, precision: Any, plugin: Precision | None, checkpoint_io: Any) -> None:
+def _equip(strategy: Strategy, accelerator: Accelerator, precision: Any, parts: Parts) -> None:
     """Put the parts into the strategy, where it does not bring its own. What both sides agree on is no contradiction."""
     strategy.accelerator = accelerator
-    own = strategy._precision
+    own, plugin = strategy._precision, parts.precision
     if own is None:
         strategy.precision = build_precision(precision, accelerator, plugin)
     elif (plugin is not None and plugin is not own) or (precision is not None and parse_precision(precision) != own.precision):
@@ -156,7 +217,39 @@ def _equip(strategy: Strategy, accelerator: Accelerator, precision: Any, plugin:
             f"The strategy brings the precision {own.precision!r}, and the Trainer was given "
             f"{f'precision={precision!r}' if plugin is None else f'the plugin {type(plugin).__name__}'}. Leave one of them out."
         )
-    if checkpoint_io is not None:
-        if strategy._checkpoint_io not in (None, checkpoint_io):
+    if parts.checkpoint_io is not None:
+        if strategy._checkpoint_io not in (None, parts.checkpoint_io):
             raise MisconfigurationException("A CheckpointIO was given both to the strategy and in plugins. Leave one of them out.")
-        strategy.checkpoint_io = checkpoint_io
+        strategy.checkpoint_io = parts.checkpoint_io
+
+
+def _place(strategy: ParallelStrategy, devices: list[torch.device], num_nodes: int, parts: Parts, sync_batchnorm: bool) -> None:
+    """Tell a strategy of several processes where they are and who starts them, where it was not told before."""
+    strategy.parallel_devices = devices
+    strategy.num_nodes = num_nodes
+    given = parts.environment
+    if given is not None and strategy.cluster_environment not in (None, given):
+        raise MisconfigurationException("A ClusterEnvironment was given both to the strategy and in plugins. Leave one of them out.")
+    strategy.cluster_environment = given or strategy.cluster_environment or _environment()
+    if parts.layer_sync is not None and sync_batchnorm:
+        raise MisconfigurationException(
+            f"sync_batchnorm=True was given, and so was the plugin {type(parts.layer_sync).__name__}, which does the same in its own way. "
+            "Leave one of them out."
+        )
+    if sync_batchnorm:
+        from lightning.fabric.plugins.layer_sync import TorchSyncBatchNorm
+
+        strategy.layer_sync = TorchSyncBatchNorm()
+    strategy.layer_sync = parts.layer_sync or strategy.layer_sync
+    if strategy.cluster_environment is not None:
+        strategy.set_world_ranks()
+        strategy.configure_launcher()
+
+
+def _environment() -> ClusterEnvironment | None:
+    """The environment of this process; None where the user's own code has let it join a group already, which then knows the ranks."""
+    from lightning.fabric.plugins.environments import LightningEnvironment, detect_environment
+
+    found = detect_environment()
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return None if joined and isinstance(found, LightningEnvironment) and not found.creates_processes_externally else found

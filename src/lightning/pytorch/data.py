@@ -25,6 +25,7 @@ from lightning.pytorch.dispatch import override_of, spanned
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 if TYPE_CHECKING:
+    from lightning.fabric.uneven import Lockstep
     from lightning.pytorch.trainer.trainer import Trainer
 
 UNBOUNDED = float("inf")
@@ -38,20 +39,44 @@ class TrainLoader:
         combined: one loader, or several under a CombinedLoader's mode.
         num_batches: batches in an epoch, infinity if unknown.
         length_is_exact: whether the loader surely gives as many as it says.
+
+    Attributes:
+        lockstep: what makes the processes take the same number of batches, where their loaders give different numbers; else None.
     """
 
     def __init__(self, combined: CombinedLoader, num_batches: float, length_is_exact: bool) -> None:
         self.combined = combined
         self.num_batches = num_batches
         self.length_is_exact = length_is_exact
+        self.length_is_known = not any(has_iterable_dataset(loader) for loader in combined.flattened)
+        self.lockstep: Lockstep | None = None
         # One plain loader is iterated as it is; several give (batch, batch_idx, dataloader_idx), of which the batch is wanted.
         single = len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
         self.iterable: Iterable[Any] = combined.flattened[0] if single else _Batches(combined)
 
+    def agree(self, policy: str) -> None:
+        """Agree with the other processes, of which there are some, on the number of batches; all of them must call it.
+
+        Raises:
+            MisconfigurationException: in every process, if their loaders have different lengths and ``policy`` is ``"error"``.
+        """
+        from lightning.fabric.uneven import Lockstep
+
+        lockstep = Lockstep(self.iterable, policy)
+        length = lockstep.agree(self.num_batches if self.length_is_known else UNBOUNDED)
+        self.num_batches = min(self.num_batches, length)
+        if not lockstep.is_even:
+            self.iterable, self.lockstep, self.length_is_exact = lockstep, lockstep, False
+
     def set_epoch(self, epoch: int) -> None:
         """Tell samplers that shuffle by epoch which one it is."""
-        for loader in self.combined.flattened:
-            set_sampler_epoch(loader, epoch)
+        set_epoch(self.combined.flattened, epoch)
+
+
+def set_epoch(loaders: Iterable[Any], epoch: int) -> None:
+    """Tell samplers that shuffle by epoch which one it is."""
+    for loader in loaders:
+        set_sampler_epoch(loader, epoch)
 
 
 class _Batches:
@@ -137,16 +162,37 @@ class RunData:
             combined = CombinedLoader(asked, "max_size_cycle")
         if config.overfit_batches > 0:
             combined.flattened = [_unshuffled(loader, "train") for loader in combined.flattened]
+        combined.flattened = [self._shared_out(loader, "train") for loader in combined.flattened]
         combined.flattened = [strategy.process_dataloader(loader) for loader in combined.flattened]
         for loader in combined.flattened:
             _check_iterable(loader, self._asked_what("train"))
             seed_workers(loader, strategy.global_rank)
         length = combined.batch_count()
-        if length == 0 and config.limit_train_batches != 0:
+        if config.limit_train_batches != 0 and self._is_empty(length):
             raise MisconfigurationException(f"{self._asked_what('train')} gave a loader of length 0: there is nothing to train on.")
         num_batches = limited(length, config.limit_train_batches, "limit_train_batches")
         self._warn_of_interval(num_batches)
-        return TrainLoader(combined, num_batches, all(_length_is_exact(loader) for loader in combined.flattened))
+        loader = TrainLoader(combined, num_batches, all(_length_is_exact(each) for each in combined.flattened))
+        if strategy.world_size > 1:
+            loader.agree(config.uneven_inputs)
+        return loader
+
+    def _shared_out(self, loader: Any, stage: str) -> Any:
+        """The loader with this process's part of the data, unless the user shares them out."""
+        config, strategy = self.trainer._config, self.trainer.strategy
+        if not (strategy.distributed_sampler_kwargs and config.use_distributed_sampler):
+            return loader
+        from lightning.fabric.utilities.samplers import distribute
+
+        shuffle = False if config.overfit_batches > 0 else None
+        return distribute(loader, **strategy.distributed_sampler_kwargs, training=stage == "train", shuffle=shuffle)
+
+    def _is_empty(self, length: float | None) -> bool:
+        """Whether no process has any batch; where there are several, one of them may have none."""
+        strategy = self.trainer.strategy
+        if strategy.world_size > 1:
+            return not strategy.reduce_boolean_decision(length != 0, all=False)
+        return length == 0
 
     def _warn_of_interval(self, num_batches: float) -> None:
         every = self.trainer._config.log_every_n_steps
@@ -192,10 +238,10 @@ class RunData:
                     f"The {stage} loader shuffles its data. In evaluation the order should stay the same: set shuffle=False.",
                     category=PossibleUserWarning,
                 )
-            loaders[i] = strategy.process_dataloader(loader)
+            loaders[i] = strategy.process_dataloader(self._shared_out(loader, stage))
             seed_workers(loaders[i], strategy.global_rank)
             length = sized_len(loaders[i])
-            if length == 0 and limit != 0:
+            if limit != 0 and self._is_empty(length):
                 raise MisconfigurationException(f"{self._asked_what(stage)} gave a loader of length 0: there is nothing to run on.")
             counts.append(limited(UNBOUNDED if length is None else length, limit, f"limit_{stage}_batches"))
         return EvalLoaders(asked, loaders, counts)
@@ -296,7 +342,7 @@ def limited(length: float, limit: float, name: str) -> float:
     Raises:
         MisconfigurationException: for a fraction of an unknown length, or one that comes to no batch.
     """
-    if isinstance(limit, int) or limit == 0:
+    if isinstance(limit, int) or limit == 0 or length == 0:
         return min(length, int(limit))
     if limit == 1.0:
         return length

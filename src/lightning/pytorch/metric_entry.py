@@ -156,7 +156,7 @@ class Entry:
 
     __slots__ = (
         "add", "dataloader_idx", "dtype", "given", "host_total", "merged", "name", "on_epoch", "on_step", "options", "scope",
-        "serial", "source", "total", "value", "weight", "weighted",
+        "serial", "source", "synced", "total", "value", "weight", "weighted",
     )  # fmt: skip
 
     def __init__(self, name: str, scope: str, dataloader_idx: int | None, given: tuple[Any, ...], options: Options) -> None:
@@ -175,6 +175,7 @@ class Entry:
         if self.source is not None:
             self.source.reset()
         self.source = None
+        self.synced = False  # whether the epoch value is that of all processes
         self.value: Any = None
         self.total: Tensor | None = None
         self.host_total: float | None = None
@@ -303,7 +304,7 @@ class Entry:
     def epoch_value(self) -> Any:
         """The reduction over all that was logged since the last reset: a tensor where it is, or a number."""
         if self.source is not None:
-            computed = self.source.compute()
+            computed = self.source.compute()  # over all processes, where there are several
             check_value(self.name, computed)
             return computed.detach() if isinstance(computed, Tensor) else computed
         reduction = self.options.reduction

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.metric_entry import BATCH_DEFAULTS, BATCH_TRAIN, Entry, check_value, is_metric, resolve_options
+from lightning.pytorch.reduction import reduce_epoch, reduce_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.module import LightningModule
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Entries = dict[tuple[Any, str, Any], Entry]
 
 NEVER = float("inf")
+PUBLISHED = ("_callback", "_steps", "_logged", "_bar", "_bar_snapshot")
 
 
 class HostCopy:
@@ -78,6 +80,8 @@ class Metrics:
         self.dataloader_idx: int | None = None
         self.serial = 0
         self.entries: Entries | None = None  # of the loop that runs; None outside of one
+        self.strategy: Any = None  # where there are several processes
+        self.module: Any = None
         self.disabled = False  # barebones: log() does nothing
         self.loggers: list[Any] = []
         self.muted = False  # the sanity check sends no rows
@@ -154,6 +158,15 @@ class Metrics:
     # ---- loops open and close the collection ------------------------------------------------------------------------
 
     @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Forget what is logged inside this context: of a batch that only keeps this process in step with the others."""
+        outer, self.entries = self.entries, {}
+        try:
+            yield
+        finally:
+            self.entries = outer
+
+    @contextmanager
     def collecting(self, entries: Entries) -> Iterator[None]:
         """Collect into ``entries`` inside this context; a validation run nests in the training epoch."""
         outer = (self.entries, self.scope, self.batch, self.batch_size, self.dataloader_idx, self.epoch_ended)
@@ -200,6 +213,14 @@ class Metrics:
         self.flush_at = (stepped // self.every + 1) * self.every if self.loggers and self.every > 0 else NEVER
 
     # ---- what others read -------------------------------------------------------------------------------------------
+
+    def published(self) -> dict[str, Any]:
+        """All that others read, as data."""
+        return {name: dict(getattr(self, name)) for name in PUBLISHED}
+
+    def publish(self, values: dict[str, Any]) -> None:
+        """Take over what :meth:`published` gave in another process."""
+        vars(self).update(values)
 
     def merge_steps(self) -> None:
         """Bring the step values of the running loop, and its epoch values at its end, into the dictionaries. Reads no device."""
@@ -290,7 +311,10 @@ class Metrics:
             step: the x value of the rows.
             stopping: whether a stop was asked for, so that there may be no later step to send.
         """
-        if self.every and (stopping or stepped % self.every == 0):
+        due = self.every and stepped % self.every == 0
+        if due and self.strategy is not None and self.strategy.world_size > 1:
+            reduce_steps(self.entries or {}, self.strategy)
+        if due or (stopping and self.every):
             self.send_step_values(step)
         self._deliver(wait=False)
         self.restart_flush(stepped)
@@ -346,6 +370,13 @@ class Metrics:
         """From here on the epoch's values count: hooks of the epoch's end see them."""
         self.merge_steps()
         self.epoch_ended = True
+        self.reduce_epoch()
+
+    def reduce_epoch(self) -> None:
+        """Reduce over all processes the epoch's values that asked for it, and were logged since this was called last."""
+        strategy = self.strategy
+        if strategy is not None and strategy.world_size > 1 and self.entries is not None:
+            reduce_epoch(self.entries, strategy, self.module)
 
     def end_epoch(self, step: int) -> None:
         """Reduce, publish and log the epoch's values, and start anew."""

@@ -20,6 +20,8 @@ R = TypeVar("R")
 class Launcher(ABC):
     """Runs a function in all processes of a run, after starting those that are missing."""
 
+    runs_copies = False  # whether it runs the function in new processes only, on copies of its arguments
+
     @property
     @abstractmethod
     def is_interactive_compatible(self) -> bool:

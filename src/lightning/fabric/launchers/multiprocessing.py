@@ -85,6 +85,8 @@ class MultiprocessingLauncher(Launcher):
         self.straggler_timeout = straggler_timeout
         self._ranks: list[RankProcess] = []
 
+    runs_copies = True
+
     @property
     def is_interactive_compatible(self) -> bool:
         """Whether it forks: then the ranks have all that the notebook has defined."""

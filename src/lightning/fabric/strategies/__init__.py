@@ -1,8 +1,40 @@
 """How modules, optimizers and data are laid out over devices and processes."""
 
-from lightning.fabric.strategies.ddp import DDPStrategy
-from lightning.fabric.strategies.parallel import ParallelStrategy
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.strategies.strategy import Strategy
 
-__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.parallel import ParallelStrategy
+    from lightning.fabric.strategies.registry import StrategyRegistry
+
+    STRATEGY_REGISTRY: StrategyRegistry
+
+# Where the others are, imported when they are first asked for: a run on one device needs none of them.
+LATER = {
+    "DDPStrategy": "lightning.fabric.strategies.ddp",
+    "ParallelStrategy": "lightning.fabric.strategies.parallel",
+}
+
+__all__ = ["STRATEGY_REGISTRY", "DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "STRATEGY_REGISTRY":
+        return _registry()
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _registry() -> Any:
+    """The registry, with the names of all strategies of ours."""
+    from lightning.fabric.strategies.registry import STRATEGY_REGISTRY
+
+    for kind in (SingleDeviceStrategy, *(getattr(import_module(module), name) for name, module in LATER.items())):
+        kind.register_strategies(STRATEGY_REGISTRY)
+    globals()["STRATEGY_REGISTRY"] = STRATEGY_REGISTRY
+    return STRATEGY_REGISTRY

@@ -48,6 +48,7 @@ class ParallelStrategy(Strategy):
     strategy_name = "parallel"
     parallel_devices: list[torch.device] | None = None
     num_nodes: int = 1
+    start_method = "popen"  # how the processes are started: "popen" runs the script again; others are those of multiprocessing
     is_distributed = True
 
     def __init__(
@@ -122,6 +123,20 @@ class ParallelStrategy(Strategy):
         super().setup_environment()
         self.setup_distributed()
 
+    def configure_launcher(self) -> None:
+        """Decide what starts the processes."""
+        if self.cluster_environment is None:
+            return
+        arguments: Any = {"cluster_environment": self.cluster_environment, "num_processes": self.num_processes, "num_nodes": self.num_nodes}
+        if self.start_method == "popen":
+            from lightning.fabric.launchers.script import ScriptLauncher
+
+            self.launcher = ScriptLauncher(**arguments)
+        else:
+            from lightning.fabric.launchers.multiprocessing import MultiprocessingLauncher
+
+            self.launcher = MultiprocessingLauncher(start_method=self.start_method, **arguments)  # type: ignore[arg-type]
+
     def set_world_ranks(self) -> None:
         """Tell the cluster environment what follows from the number of devices and machines."""
         environment = self.cluster_environment
@@ -156,6 +171,9 @@ class ParallelStrategy(Strategy):
     def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
         """Reduce many values, each with those of the same name; see :func:`lightning.fabric.collectives.reduce_named`."""
         return collectives.reduce_named(values, group)
+
+    def compare(self, kinds: Mapping[str, str], details: Any = None) -> list[Any] | None:
+        return collectives.compare(kinds, details)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         return collectives.all_gather(tensor, group, sync_grads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,3 +41,8 @@ class SingleDeviceStrategy(Strategy):
     @property
     def root_device(self) -> torch.device:
         return self._root_device
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Enter the name of this strategy into a registry."""
+        strategy_registry.register(cls.strategy_name, cls, description="one process on one device")

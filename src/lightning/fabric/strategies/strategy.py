@@ -237,6 +237,15 @@ class Strategy:
         """
         return {name: tensor for name, (tensor, _) in values.items()}
 
+    def compare(self, kinds: Mapping[str, str], details: Any = None) -> list[Any] | None:
+        """Find out whether all processes hold the same; None if they do, else the details of each. All of them must call it.
+
+        Args:
+            kinds: names, each with what must be equal.
+            details: what to tell the others where something differs; None for ``kinds``.
+        """
+        return None
+
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Another name of :meth:`reduce`."""
         return self.reduce(tensor, group, reduce_op)
@@ -308,6 +317,10 @@ class Strategy:
 
     def on_exception(self, exception: BaseException) -> None:
         """Hear that this process has failed: from here on nothing may wait for another one."""
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Enter the names of this strategy into a registry; this one has none."""
 
     def teardown(self) -> None:
         """Bring module and optimizer state back to the CPU, and free the device."""

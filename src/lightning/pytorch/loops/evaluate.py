@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from torch.nn import Module
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.data import set_epoch
 from lightning.pytorch.dispatch import no_op, override_of, scoped, spanned
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import parameters_of
-from lightning.pytorch.metric_entry import Entry
+from lightning.pytorch.metric_entry import Entry, is_metric
+from lightning.pytorch.reduction import warn_of_local_values
 from lightning.pytorch.trainer.states import RunningStage
 
 if TYPE_CHECKING:
@@ -78,6 +81,8 @@ class EvaluationLoop:
                 finishing()
                 return []
             self.bind()
+            trainer.strategy.sync_buffers()
+            set_epoch(self.loaders.loaders, trainer.current_epoch)
             with metrics.collecting(self.entries), self.evaluation_mode():
                 getattr(hooks, f"on_{name}_start")()
                 getattr(hooks, f"on_{name}_epoch_start")()
@@ -87,6 +92,9 @@ class EvaluationLoop:
                 finishing()
                 metrics.close_epoch()
                 getattr(hooks, f"on_{name}_epoch_end")()
+                metrics.reduce_epoch()  # what these hooks logged
+                if metrics.strategy is not None and not trainer.sanity_checking:
+                    warn_of_local_values(self.entries)
                 results = self.results()
                 fit = trainer.fit_loop
                 metrics.end_epoch(fit.log_step if fitting else fit.progress.stepped)
@@ -103,9 +111,14 @@ class EvaluationLoop:
         start, end, step, forward_context, takes_index = self.start, self.end, self.step, self.forward_context, self.takes_index
         scope = f"{self.name}_step"
         self.batch_idx, before = 0, seen[index]
-        for batch_idx, raw in enumerate(islice(loader, int_or_none(self.num_batches[index]))):
+        batches, in_turn = taken(loader, self.num_batches[index], self.trainer.strategy)
+        for batch_idx, raw in enumerate(batches):
             self.batch_idx = batch_idx
             batch = prepare(raw)
+            if not in_turn(batch_idx):
+                with metrics.discarding(), metrics_held(self.trainer.lightning_module), forward_context():
+                    step(batch, batch_idx, *where) if takes_index else step(batch, *where)
+                continue
             metrics.batch, metrics.batch_size = batch, None
             metrics.serial += 1
             start(batch, batch_idx, *where)
@@ -188,6 +201,37 @@ def no_gradients(trainer: Trainer) -> AbstractContextManager[Any]:
     # Not in fit: what a module keeps of a validation would be an inference tensor, which training cannot use.
     inference = trainer._config.inference_mode and trainer.state.fn != "fit"
     return torch.inference_mode() if inference else torch.no_grad()
+
+
+def taken(loader: Any, count: float, strategy: Any) -> tuple[Iterable[Any], Callable[[int], Any]]:
+    """The batches that this process takes from a loader, and whether the batch of an index is one of its own.
+
+    Where a forward pass needs all processes, those that ran out repeat a batch, which counts nothing, until all have.
+    """
+    if not strategy.forward_is_collective or strategy.world_size == 1:
+        return islice(loader, int_or_none(count)), always
+    from lightning.fabric.uneven import Lockstep
+
+    lockstep = Lockstep(loader, "join")
+    lockstep.agree(count)
+    batches = lockstep if lockstep.lengths else islice(lockstep, int_or_none(count))
+    return batches, always if lockstep.is_even else lockstep.weight
+
+
+def always(batch_idx: int) -> bool:
+    """Every batch is this process's own."""
+    return True
+
+
+@contextmanager
+def metrics_held(module: Module) -> Iterator[None]:
+    """The Metrics of the module keep their states, whatever is computed inside."""
+    kept = {metric: deepcopy(metric.__dict__) for metric in module.modules() if is_metric(metric)}
+    try:
+        yield
+    finally:
+        for metric, state in kept.items():
+            metric.__dict__.update(state)
 
 
 def int_or_none(count: float) -> int | None:

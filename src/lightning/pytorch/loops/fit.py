@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,7 @@ class FitLoop:
         self.entries: dict[Any, Entry] = {}
         self.restarting = False
         self.outputs: Any = None
+        self.weight = 1.0  # what the current batch counts, where processes have different numbers of them
         self.told_of_minimum = False
         self.told_of_none = False
 
@@ -123,6 +125,7 @@ class FitLoop:
         p.next = Next.EPOCH if self.is_last or not self.done() else Next.BATCH
         metrics.close_epoch()
         hooks.on_train_epoch_end()
+        metrics.reduce_epoch()  # what these hooks logged
         self.schedulers.step_plateau("epoch")
         hooks.on_train_epoch_end_checkpoints()
         metrics.end_epoch(self.log_step)
@@ -157,6 +160,14 @@ class FitLoop:
                 self.closure()
         self.batch = None
 
+    def uneven_step(self, batch: Any) -> None:
+        """A step in a run whose processes have different numbers of batches: those that ran out repeat one that counts nothing."""
+        lockstep, index = self.loader.lockstep, self.progress.batch_idx  # type: ignore[union-attr]
+        assert lockstep is not None
+        self.weight = lockstep.weight(index)
+        with lockstep.turn(index, self.trainer.lightning_module), nullcontext() if self.weight else self.metrics.discarding():
+            self.even_step(batch)
+
     def closure(self) -> Any:
         """Everything before the update; the optimizer calls it, LBFGS more than once."""
         p, hooks, optimizer = self.progress, self.hooks, self.optimizer
@@ -172,6 +183,8 @@ class FitLoop:
         if loss is not None:
             if self.accumulate > 1:
                 loss = loss / self.window()
+            if self.weight != 1:
+                loss = loss * self.weight
             hooks.on_before_backward(loss)
             self.gathered = -1  # should backward fail, the gradients are of no use
             self.backward(loss)
@@ -230,6 +243,9 @@ class FitLoop:
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """What ``LightningModule.manual_backward`` runs."""
         self.hooks.on_before_backward(loss)
+        if self.weight != 1:
+            loss = loss * self.weight
+        self.trainer.strategy.pre_backward(loss)
         self.backward(loss, *args, **kwargs)
         self.hooks.on_after_backward()
 
@@ -345,9 +361,9 @@ class FitLoop:
         self.backward = bind.backward(trainer)
         self.schedulers = Schedulers(trainer, self)
         automatic = module.automatic_optimization
-        self.step: Callable[[Any], None] = self.automatic_step if automatic else self.manual_step
+        self.even_step: Callable[[Any], None] = self.automatic_step if automatic else self.manual_step
         if trainer._profiler is not None:
-            self.step = spanned(self.step, trainer._profiler, "run_training_batch")
+            self.even_step = spanned(self.even_step, trainer._profiler, "run_training_batch")
         self.detach = bind.detach_outputs if automatic else bind.detach_manual_outputs
         self.unscale = bind.unscale(trainer)
         self.free_gradients = scoped(module.on_validation_model_zero_grad, "on_validation_model_zero_grad", self.metrics)
@@ -379,6 +395,8 @@ class FitLoop:
     def set_loader(self, loader: TrainLoader, validates: bool) -> None:
         """Take the training data, and decide how often they are interrupted by validation."""
         self.loader = loader
+        self.weight = 1.0
+        self.step: Callable[[Any], None] = self.even_step if loader.lockstep is None else self.uneven_step
         self.validates = validates
         self.val_every = val_check_batches(self.trainer._config, loader.num_batches) if validates else UNBOUNDED
 

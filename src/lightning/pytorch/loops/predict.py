@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -16,7 +15,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks.prediction_writer import BasePredictionWriter
 from lightning.pytorch.dispatch import spanned
 from lightning.pytorch.loops import bind
-from lightning.pytorch.loops.evaluate import int_or_none, no_gradients, restore_modes, takes_batch_idx
+from lightning.pytorch.loops.evaluate import metrics_held, no_gradients, restore_modes, taken, takes_batch_idx
 from lightning.pytorch.trainer.states import RunningStage
 
 if TYPE_CHECKING:
@@ -94,8 +93,13 @@ class PredictionLoop:
         prepare = bind.transfer(trainer, index)
         forward_context = bind.forward_context(trainer, "predict")
         batches = recorded(loader, self) if self.wants_indices else loader
-        for batch_idx, raw in enumerate(islice(batches, int_or_none(self.num_batches[index]))):
+        own, in_turn = taken(batches, self.num_batches[index], trainer.strategy)
+        for batch_idx, raw in enumerate(own):
             batch = prepare(raw)
+            if not in_turn(batch_idx):
+                with metrics_held(trainer.lightning_module), forward_context():
+                    step(batch, batch_idx, *where) if takes_index else step(batch, *where)
+                continue
             hooks.on_predict_batch_start(batch, batch_idx, *where)
             with forward_context():
                 outputs = step(batch, batch_idx, *where) if takes_index else step(batch, *where)

@@ -64,6 +64,7 @@ class TrainerConfig:
     reload_dataloaders_every_n_epochs: int
     default_root_dir: str
     use_distributed_sampler: bool
+    uneven_inputs: str
 
 
 def refuse_barebones_conflicts(given: dict[str, Any]) -> None:
@@ -264,6 +265,12 @@ def _deterministic(name: str, value: Any) -> bool | str | None:
     return value if value in (None, "warn") else bool(value)
 
 
+def _uneven(name: str, value: Any) -> str:
+    if value not in ("error", "shortest", "join"):
+        raise MisconfigurationException(f"{name}={value!r}: accepted are 'error', 'shortest' and 'join'.")
+    return str(value)
+
+
 def _root_dir(name: str, value: Any) -> str:
     if value is None:
         return os.getcwd()
@@ -296,6 +303,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "deterministic": _deterministic,
     "reload_dataloaders_every_n_epochs": partial(_count, lowest=0),
     "default_root_dir": _root_dir,
+    "uneven_inputs": _uneven,
 }
 
 

@@ -117,6 +117,9 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     strategy, module = trainer.strategy, trainer.lightning_module
     fitting = trainer.state.fn is TrainerFn.FITTING
     strategy.setup_environment()
+    if strategy.accelerator is not None:
+        strategy.accelerator.setup(trainer)
+    trainer._metrics.strategy, trainer._metrics.module = strategy if strategy.is_distributed else None, module
     if trainer._profiler is not None:
         rank = trainer.local_rank if trainer.world_size > 1 else None
         trainer._profiler.setup(stage=trainer.state.fn, local_rank=rank, log_dir=trainer.log_dir)
@@ -134,7 +137,8 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         rank_zero_info(f"Restoring states from the checkpoint path at {path}")
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only)
         checkpoint = checks.migrated(checkpoint, path)
-        ckpt.restore_modules(trainer, checkpoint)
+        if not strategy.restore_checkpoint_after_setup:
+            ckpt.restore_modules(trainer, checkpoint)
     strategy.model = strategy.setup_module(module, training=fitting)
     if trainer.enable_autolog_hparams and trainer.loggers:
         from lightning.pytorch.loggers.utilities import log_hyperparams
@@ -143,6 +147,9 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     trainer._hooks = Hooks(trainer, module, trainer.callbacks, trainer._metrics, trainer._profiler)
     if fitting:
         set_up_optimizers(trainer)
+    if checkpoint is not None and strategy.restore_checkpoint_after_setup:
+        ckpt.restore_modules(trainer, checkpoint)
+    if fitting:
         trainer.fit_loop.bind()
         trainer._hooks.on_fit_start()
         if checkpoint is not None:
@@ -216,6 +223,11 @@ def finish(trainer: Trainer) -> None:
 def fail(trainer: Trainer, error: BaseException) -> None:
     """Let everybody know, and free everything; the error that ended the run is what the user sees."""
     trainer.state.status = TrainerStatus.INTERRUPTED
+    if trainer.strategy.is_distributed:
+        from lightning.fabric.launchers.failures import report_failure
+
+        report_failure(error)  # first of all: the other processes are waiting for this one
+        trainer.strategy.on_exception(error)
     module = trainer.strategy.lightning_module
     if isinstance(error, KeyboardInterrupt):
         rank_zero_info("Interrupted: the run ends here, and everything is closed.")

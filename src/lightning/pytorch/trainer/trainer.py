@@ -17,8 +17,9 @@ from lightning.pytorch.metrics import Metrics
 from lightning.pytorch.trainer import checks, parts
 from lightning.pytorch.trainer.attributes import TrainerAttributes
 from lightning.pytorch.trainer.config import build_config
+from lightning.pytorch.trainer.launch import launch
 from lightning.pytorch.trainer.run import running
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class Trainer(TrainerAttributes):
         default_root_dir: where files go that have no other place: a path or URL. None: the current directory.
         enable_autolog_hparams: send the module's hyperparameters to the loggers when a run starts.
         model_registry: the name of a model in a registry; kept for callbacks that upload checkpoints.
+        uneven_inputs: what happens if processes have different numbers of training batches. ``"error"``: an error in all of them.
+            ``"shortest"``: an epoch ends with the first that runs out. ``"join"``: it ends with the last; the others keep in step with
+            a batch that counts nothing.
 
     Raises:
         MisconfigurationException: for a value, or a combination, that is not accepted.
@@ -137,10 +141,11 @@ class Trainer(TrainerAttributes):
         default_root_dir: Union[str, Path] | None = None,
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
+        uneven_inputs: Literal["error", "shortest", "join"] = "error",
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._config = config = build_config(given)
-        self._runtime = resolve(accelerator, strategy, devices, num_nodes, precision, plugins)
+        self._runtime = resolve(accelerator, strategy, devices, num_nodes, precision, plugins, sync_batchnorm)
         self.state = TrainerState()
         self.should_stop = False
         self.accumulate_grad_batches = config.accumulate_grad_batches
@@ -152,6 +157,7 @@ class Trainer(TrainerAttributes):
         self.datamodule: LightningDataModule | None = None
         self._model_registry = model_registry
         self._ckpt_path: Any = None
+        self._launched = False  # whether this process is inside of an entry point, all processes having been started
         self._hooks: Hooks = None  # type: ignore[assignment]  # resolved when a run starts
         self._metrics = Metrics()
         self._data = RunData(self)
@@ -175,7 +181,7 @@ class Trainer(TrainerAttributes):
         datamodule: LightningDataModule | None = None,
         ckpt_path: Union[str, Path] | None = None,
         weights_only: bool | None = None,
-    ) -> None:
+    ) -> Any:
         """Train the model.
 
         Args:
@@ -210,6 +216,8 @@ class Trainer(TrainerAttributes):
             on_train_end
             on_fit_end, teardown
         """
+        if self._launches:
+            return launch(self, self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         module = checks.check_model(model, "fit")
         train_dataloaders, datamodule = parts.datamodule_first(train_dataloaders, datamodule)
         check_given("fit", train_dataloaders if train_dataloaders is not None else val_dataloaders, datamodule)
@@ -218,6 +226,7 @@ class Trainer(TrainerAttributes):
         with running(self, TrainerFn.FITTING, module, datamodule, ckpt_path, weights_only, model_given=True):
             if parts.ready_to_fit(self):
                 self.fit_loop.run()
+        return None
 
     def validate(
         self,
@@ -266,6 +275,8 @@ class Trainer(TrainerAttributes):
         datamodule: Any,
         weights_only: Any,
     ) -> EVALUATE_OUTPUT:
+        if self._launches:
+            return launch(self, self._evaluate, function, stage, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
         module = parts.module_or_last(self, model, function)
         dataloaders, datamodule = parts.datamodule_first(dataloaders, datamodule)
         check_given(function.value, dataloaders, datamodule)
@@ -300,6 +311,8 @@ class Trainer(TrainerAttributes):
         Returns:
             the list of predictions, one for each batch, on the CPU; with several loaders, a list of such lists.
         """
+        if self._launches:
+            return launch(self, self.predict, model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
         module = parts.module_or_last(self, model, TrainerFn.PREDICTING)
         dataloaders, datamodule = parts.datamodule_first(dataloaders, datamodule)
         check_given("predict", dataloaders, datamodule)
@@ -329,7 +342,8 @@ class Trainer(TrainerAttributes):
         with self.profiler.profile("save_checkpoint"):
             checkpoint = compose(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            self.strategy.barrier("Trainer.save_checkpoint")
+            if self.state.status is not TrainerStatus.INTERRUPTED:  # else another process may be gone
+                self.strategy.barrier("Trainer.save_checkpoint")
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -345,6 +359,11 @@ class Trainer(TrainerAttributes):
         """Print once, on rank 0."""
         if self.is_global_zero:
             print(*args, **kwargs)
+
+    @property
+    def _launches(self) -> bool:
+        """Whether an entry point has to see first that all processes run it."""
+        return self.strategy.launcher is not None and not self._launched
 
     @contextmanager
     def _in_stage(self, stage: RunningStage) -> Generator[None, None, None]:

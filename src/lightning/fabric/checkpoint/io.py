@@ -58,8 +58,8 @@ def save(checkpoint: Any, path: PathLike, storage_options: dict[str, Any] | None
 
 
 def _save_local(content: Any, target: str) -> None:
-    if os.path.isdir(target) and not os.path.islink(target):
-        raise IsADirectoryError(errno.EISDIR, "A checkpoint file can't take the place of a directory", target)
+    if os.path.isdir(target) and not os.path.islink(target) and not os.path.exists(os.path.join(target, "meta.pt")):
+        raise IsADirectoryError(errno.EISDIR, "A checkpoint file can't take the place of a directory that is no checkpoint", target)
     folder = os.path.dirname(os.path.abspath(target))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.partial")
@@ -70,12 +70,23 @@ def _save_local(content: Any, target: str) -> None:
             _write(content, file, target)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(folder)
+
+
+def replace(new: str, target: str) -> None:
+    """Move a complete checkpoint, a file or a directory, to the place of an old one, which goes."""
+    old = None
+    if os.path.lexists(target) and (os.path.isdir(new) or (os.path.isdir(target) and not os.path.islink(target))):
+        old = f"{new}.old"  # a directory neither takes a place nor leaves it to a file in one step
+        os.replace(target, old)
+    os.replace(new, target)
+    sync_folder(os.path.dirname(os.path.abspath(target)))
+    if old is not None:
+        TorchCheckpointIO().remove_checkpoint(old)
 
 
 def _save_remote(content: Any, url: str, storage_options: dict[str, Any]) -> None:
@@ -106,7 +117,8 @@ def _write(content: Any, file: IO[bytes], target: str) -> None:
         raise
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Flush the names of the files in a folder to the disk, where the file system can."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -119,15 +131,17 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def load(path: PathLike | IO[bytes], map_location: MapLocation = None, weights_only: bool | None = None) -> Any:
+def load(path: PathLike | IO[bytes], map_location: MapLocation = None, weights_only: bool | None = None, mmap: bool = False) -> Any:
     """Read a checkpoint.
 
     Args:
-        path: a local path, an open binary file, an ``http(s)://`` URL (downloaded once, to the folder of ``torch.hub``),
-            or a URL that fsspec knows.
+        path: a local path, of a file or of the directory of a sharded checkpoint, an open binary file, an ``http(s)://`` URL
+            (downloaded once, to the folder of ``torch.hub``), or a URL that fsspec knows.
         map_location: where tensors go, as for :func:`torch.load`; None restores them to the device they were saved from.
         weights_only: None and True read data and never run code that the file brings along. False unpickles anything: for
             files from a source you trust.
+        mmap: leave the tensors of a local file where they are on the disk, to be read when they are used, and kept in memory once
+            for all processes. The file must not be written to, nor, on a network, be removed, as long as they are in use.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -149,13 +163,19 @@ def load(path: PathLike | IO[bytes], map_location: MapLocation = None, weights_o
             raise FileNotFoundError(errno.ENOENT, "Checkpoint file not found", text) from None
     else:
         if os.path.isdir(local):
-            raise IsADirectoryError(errno.EISDIR, "This checkpoint is a directory, which only the strategy that wrote it reads", local)
+            from lightning.fabric.checkpoint import sharded
+
+            if not sharded.is_sharded_checkpoint(local):
+                raise IsADirectoryError(
+                    errno.EISDIR, f"This directory is no checkpoint, or one that was not saved to its end: it has no {sharded.META}", local
+                )
+            return sharded.read_sharded(local, map_location, weights_only)
         try:
             file = open(local, "rb")  # noqa: SIM115 (closed below, like the remote one)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "Checkpoint file not found", local) from None
     with file:
-        return _read(file, repr(text), map_location, trusted)
+        return _read(file, repr(text), map_location, trusted, mapped=local if mmap else None)
 
 
 def _load_from_web(url: str, map_location: MapLocation, trusted: bool) -> Any:
@@ -187,11 +207,15 @@ class DamagedCheckpoint(RuntimeError):
     """The file is incomplete, damaged, or no checkpoint at all."""
 
 
-def _read(file: IO[bytes], name: str, map_location: MapLocation, trusted: bool) -> Any:
+def _read(file: IO[bytes], name: str, map_location: MapLocation, trusted: bool, mapped: str | None = None) -> Any:
     start = file.tell()
+    if mapped is not None:
+        if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+            mapped = None  # the format of old releases can't be mapped
+        file.seek(start)
     try:
         with _harmless_classes():
-            content = torch.load(file, map_location=map_location, weights_only=not trusted)
+            content = torch.load(mapped or file, map_location=map_location, weights_only=not trusted, mmap=mapped is not None)
     except Exception as error:
         problem = _explain(error, file, start, name, trusted)
         if problem is None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -19,6 +22,8 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning.fabric import collectives
+from lightning.fabric.checkpoint import sharded
+from lightning.fabric.utilities.cloud_io import local_path
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -84,19 +89,7 @@ def full_state(tree: Any, rank0_only: bool = True) -> Any:
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The same structure of dicts, lists and tuples with ``function`` applied to every tensor; what holds none stays the same object."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        values = {key: map_tensors(function, value) for key, value in tree.items()}
-        if all(values[key] is value for key, value in tree.items()):
-            return tree
-        result = copy.copy(tree)  # with its attributes, such as the versions that a module's state_dict carries
-        result.update(values)
-        return result
-    if type(tree) in (list, tuple):
-        parts = [map_tensors(function, value) for value in tree]
-        return tree if all(new is old for new, old in zip(parts, tree)) else type(tree)(parts)
-    return tree
+    return sharded.map_tensors(lambda tensor, name: function(tensor), tree)
 
 
 def local_part(full: Tensor, like: Tensor) -> Tensor:
@@ -178,19 +171,32 @@ def full_optimizer_state(optimizer: Optimizer, rank0_only: bool = True) -> dict[
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state in torch's plain form, whose tensors may be plain or sharded, into an optimizer whose parameters may be sharded."""
+    """Load a state in torch's plain form into an optimizer whose parameters may be sharded.
+
+    Args:
+        optimizer: gets the state.
+        state: its tensors may be plain, sharded, or stand unread in a sharded checkpoint.
+    """
     optimizer.load_state_dict(distributed_optimizer_state(optimizer, state))
 
 
 def distributed_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The same state with each tensor divided as the parameter that it belongs to."""
+    """The same state with each tensor divided as the parameter that it belongs to, and read if it was unread."""
+    folders: dict[str, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     by_number = dict(zip(numbers, parameters))
 
     def convert(number: Any, value: Any) -> Any:
         parameter = by_number.get(number)
-        if not isinstance(value, Tensor) or is_dtensor(value) or not is_dtensor(parameter):
+        if not isinstance(value, Tensor) or is_dtensor(value) or parameter is None:
+            return value
+        name = sharded.stored_name(value)
+        if name is not None and value.shape == parameter.shape:
+            target = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            return folders.setdefault(value.stored_in, {}).setdefault(name, target)  # type: ignore[attr-defined]
+        value = sharded.materialized(value)
+        if not is_dtensor(parameter):
             return value
         if value.shape == parameter.shape:
             return distribute_like(value, parameter)
@@ -201,7 +207,112 @@ def distributed_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> 
         number: {key: convert(number, value) for key, value in each.items()} if isinstance(each, dict) else each
         for number, each in state["state"].items()
     }
+    for folder, targets in folders.items():
+        sharded.fill(folder, targets)
     return {**state, "state": states}
+
+
+# ---- sharded checkpoints ----------------------------------------------------------------------------------------------
+
+
+def save_sharded_checkpoint(checkpoint: dict[str, Any], path: Any) -> None:
+    """Write a checkpoint into a directory: every process its parts, and rank 0 the rest. It is there whole, or not at all.
+
+    Args:
+        checkpoint: of the same structure in all processes, which all must call this; that of rank 0 counts where they differ.
+        path: of the directory, on a disk that all processes see.
+
+    Raises:
+        ValueError: for a URL, or a path that not all processes see.
+        OSError: or another error in every process, if any of them could not write.
+    """
+    target = local_path(path)
+    if target is None:
+        raise ValueError(
+            f"A sharded checkpoint can't be written to {os.fspath(path)!r}: all processes write to one directory of a shared disk. "
+            "Give such a path, or use state_dict_type='full', which writes one file to any place."
+        )
+    target = os.path.abspath(target)
+    plain, tensors = sharded.split(checkpoint)
+    token = collectives.broadcast(secrets.token_hex(8))
+    folder = os.path.join(os.path.dirname(target), f".{token}.partial")
+    try:
+        on_rank_zero(os.makedirs, folder)
+        if not collectives.reduce_boolean_decision(_appears(folder)):
+            raise ValueError(
+                f"Not all processes see the directory of {target!r}. A sharded checkpoint needs a disk that all machines share; "
+                "with local disks use state_dict_type='full'."
+            )
+        sharded.write_shards(tensors, folder)
+        on_rank_zero(sharded.commit, plain, folder, target)
+    except BaseException:
+        if os.path.isdir(folder) and _is_rank_zero():
+            import shutil
+
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_rank_zero() -> bool:
+    return not collectives.is_distributed() or torch.distributed.get_rank() == 0
+
+
+def _appears(folder: str, patience: float = 10.0) -> bool:
+    """Whether a directory is there, or comes to be seen: a network's file system may take a while."""
+    deadline = time.monotonic() + patience
+    while not os.path.isdir(folder):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def on_rank_zero(action: Callable[..., Any], *args: Any) -> None:
+    """Do something on rank 0 while the others wait for it; its error is raised in all processes."""
+    error: Exception | None = None
+    if _is_rank_zero():
+        try:
+            action(*args)
+        except Exception as caught:
+            error = caught
+    told = collectives.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if told is not None:
+        raise OSError(f"Rank 0 failed: {told}")
+
+
+def load_sharded_state_dict(module: Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+    """Load weights of which some stand unread in a sharded checkpoint (:func:`~lightning.fabric.checkpoint.sharded.open_sharded`).
+
+    Each process reads its parts of them, and no more.
+
+    Args:
+        module: whose parameters may be sharded.
+        state_dict: plain tensors and stand-ins.
+        strict: whether all keys must match.
+
+    Raises:
+        RuntimeError: if ``strict`` and keys do not match, or shapes differ.
+    """
+    current = module.state_dict()
+    folders: dict[str, dict[str, Tensor]] = {}
+
+    def read(value: Tensor, key: str) -> Tensor:
+        name, target = sharded.stored_name(value), current.get(key)
+        if name is None:
+            return value
+        if isinstance(target, Tensor) and target.shape == value.shape:
+            room = torch.empty_like(target, dtype=value.dtype, requires_grad=False)
+        else:  # of a name that the module's own hooks change, or one to be complained of
+            room = torch.empty(value.shape, dtype=value.dtype)
+        return folders.setdefault(value.stored_in, {}).setdefault(name, room)  # type: ignore[attr-defined]
+
+    complete = copy.copy(state_dict)  # with its attributes: the versions of the modules
+    complete.update({key: read(value, key) if isinstance(value, Tensor) else value for key, value in state_dict.items()})
+    for folder, targets in folders.items():
+        sharded.fill(folder, targets)
+    return load_full_state_dict(module, complete, strict)
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------------

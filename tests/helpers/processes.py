@@ -25,7 +25,7 @@ from typing import Any
 
 # The server imports these once; each process is forked from it, and so starts in milliseconds. Unlike a fork of the test
 # process itself, it has no threads whose locks could be held.
-PRELOADED = ["torch", "torch._dynamo", "pytest", "lightning.fabric.strategies.ddp"]
+PRELOADED = ["torch", "torch._dynamo", "pytest", "lightning.fabric.strategies.ddp", "lightning.pytorch"]
 
 
 @dataclass

@@ -1,0 +1,325 @@
+"""Tensor parallelism and FSDP2 together: the processes form a grid, and the user's code divides the model over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning.fabric import collectives
+from lightning.fabric.strategies import replicas
+from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
+from lightning.fabric.strategies.sharding import clip_norm_, clip_value_, is_dtensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+
+
+class ModelParallelStrategy(ParallelStrategy):
+    """Divide a model over a grid of processes, in the way that the model itself says.
+
+    The grid, ``device_mesh``, has the dimensions ``"data_parallel"`` and ``"tensor_parallel"``. Processes that differ in the second
+    alone compute one model together and are given the same data. The model is divided in ``LightningModule.configure_model`` (with
+    Fabric, in ``parallelize_fn``): layers over ``device_mesh["tensor_parallel"]`` with ``parallelize_module``, then blocks over
+    ``device_mesh["data_parallel"]`` with ``fully_shard``.
+
+    What is built on the ``meta`` device there gets memory, and its first weights from ``reset_parameters``, once it is divided.
+    Gradients of parameters that nothing divides over ``data_parallel`` are averaged over it. In the first step the processes that
+    compute one model together make sure that they have the same data and, for what each of them holds whole, the same gradients.
+
+    Args:
+        data_parallel_size: processes along the first dimension; ``"auto"``: as many as there are machines.
+        tensor_parallel_size: processes along the second dimension; ``"auto"``: as many as a machine has.
+        save_distributed_checkpoint: save checkpoints as directories, to which each process writes its own part; False: in one file.
+        process_group_backend: which library carries collectives; None for what suits the devices.
+        timeout: how long a collective may take before it fails.
+        parallelize_fn: called with the module and the mesh, it returns the module divided; where there is no ``configure_model``.
+        kwargs: as for :class:`~lightning.fabric.strategies.parallel.ParallelStrategy`.
+
+    Raises:
+        ValueError: for a size that is no positive number.
+
+    Example::
+
+        class Model(LightningModule):
+            def configure_model(self):
+                parallelize_module(self.mlp, self.device_mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+                fully_shard(self.mlp, mesh=self.device_mesh["data_parallel"])
+
+        Trainer(strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2), devices=4).fit(Model())
+    """
+
+    strategy_name = "model_parallel"
+    forward_is_collective = True
+    restore_checkpoint_after_setup = True
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = "auto",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        *,
+        parallelize_fn: Callable[[Any, DeviceMesh], Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)
+        for name, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
+            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                hint = " The function goes to parallelize_fn=..., by name." if callable(size) else ""
+                raise ValueError(f"{name}={size!r}: give a whole number of processes, 1 or more, or 'auto'.{hint}")
+        self._sizes = data_parallel_size, tensor_parallel_size
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._parallelize_fn = parallelize_fn
+        self._device_mesh: DeviceMesh | None = None
+        self._divided: list[Module] = []  # that are trained
+        self._averaged: list[replicas.AveragedGradients] = []  # of each of these
+        self._compared_gradients = False
+
+    # ---- where this process is --------------------------------------------------------------------------------------
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The grid of processes, with the dimensions ``"data_parallel"`` and ``"tensor_parallel"``.
+
+        Raises:
+            RuntimeError: before the processes have met.
+        """
+        if self._device_mesh is None:
+            raise RuntimeError("There is no `device_mesh` before the processes have met: use it in `configure_model`, or later.")
+        return self._device_mesh
+
+    def sizes(self) -> tuple[int, int]:
+        """The processes along ``"data_parallel"`` and ``"tensor_parallel"``.
+
+        Raises:
+            RuntimeError: if the run has more or fewer processes than their product.
+        """
+        data, tensor = self._sizes
+        data = self.num_nodes if data == "auto" else data
+        tensor = self.num_processes if tensor == "auto" else tensor
+        if data * tensor != self.world_size:
+            given = ", ".join(f"{name}_size={size!r}" for name, size in zip((DATA, TENSOR), self._sizes))
+            raise RuntimeError(
+                f"ModelParallelStrategy({given}) makes a grid of {data} x {tensor} processes, and the run has {self.world_size} "
+                f"({self.num_processes} devices on each of {self.num_nodes} machines). Give sizes whose product is {self.world_size}; "
+                "'auto' means the machines for data_parallel_size, and the devices of one for tensor_parallel_size."
+            )
+        return data, tensor
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What a DistributedSampler has to know: processes that compute one model together get the same samples."""
+        data, tensor = self.sizes()
+        return {"num_replicas": data, "rank": self.global_rank // tensor}
+
+    def configure_launcher(self) -> None:
+        """Decide what starts the processes, if their number is right."""
+        self.sizes()
+        super().configure_launcher()
+
+    # ---- setting up -------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Meet the other processes, and form the grid."""
+        super().setup_environment()
+        if self._device_mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._device_mesh = init_device_mesh(self.root_device.type, self.sizes(), mesh_dim_names=(DATA, TENSOR))
+        self._share_random_states()
+        if self.module is not None:
+            self._hand_out_mesh(self.module)
+
+    def connect(self, module: Module) -> None:
+        super().connect(module)
+        self._hand_out_mesh(module)
+
+    def _hand_out_mesh(self, module: Module) -> None:
+        for each in module.modules():
+            if "_device_mesh" in vars(each):  # LightningModules
+                each._device_mesh = self._device_mesh  # type: ignore[assignment]
+
+    def _share_random_states(self) -> None:
+        """Processes that compute one model together draw the same random numbers, as for dropout and the order of data."""
+        from lightning.fabric.utilities.seed import collect_rng_states, set_rng_states
+
+        if self.sizes()[1] == 1:
+            return
+        group = self.device_mesh[TENSOR].get_group()
+        first = torch.distributed.get_global_rank(group, 0)
+        on_device = torch.get_device_module(self.root_device.type) if self.root_device.type != "cpu" else None
+        states = (collect_rng_states(include_cuda=False), on_device.get_rng_state(self.root_device) if on_device is not None else None)
+        shared, device_state = collectives.broadcast(states, first, group)
+        set_rng_states(shared)
+        if on_device is not None:
+            on_device.set_rng_state(device_state, self.root_device)
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """A context to build a module in: on the CPU, or on the ``meta`` device with ``empty_init``, since it is divided afterwards."""
+        with torch.device("meta") if empty_init else nullcontext(), self.precision.module_init_context():
+            yield
+
+    def setup_module(self, module: Module, training: bool = True) -> Module:
+        """Return the module, which ``configure_model`` or ``parallelize_fn`` has divided, converted and on the device.
+
+        Args:
+            module: the user's.
+            training: whether it will be trained.
+
+        Raises:
+            TypeError: if nothing in it is divided, or ``parallelize_fn`` returned no module.
+            MisconfigurationException: if batch normalisation would have to be replaced after it was divided.
+        """
+        if self._parallelize_fn is not None:
+            module = self._parallelize_fn(module, self.device_mesh)
+            if not isinstance(module, Module):
+                raise TypeError(f"`parallelize_fn` returned {module!r}, a {type(module).__name__}; it must return the module.")
+        self._check_divided(module)
+        module = self.precision.convert_module(module)
+        self.module_to_device(module)
+        tensors = [*module.parameters(), *module.buffers()]
+        for dimension in (TENSOR, DATA):  # a tensor that neither divides becomes what it is on rank 0
+            replicas.make_same(tensors, self.device_mesh[dimension])
+        if training:
+            self._average_gradients(module)
+            self._compared_gradients = self.sizes()[1] == 1
+        return module
+
+    def module_to_device(self, module: Module) -> None:
+        """Move what is not there yet to the device of this process."""
+        module.to(self.root_device)
+
+    def _check_divided(self, module: Module) -> None:
+        if not any(is_dtensor(parameter) for parameter in module.parameters()):
+            raise TypeError(
+                f"No parameter of {type(module).__name__} is divided. With ModelParallelStrategy override `configure_model` (with Fabric, "
+                "give `parallelize_fn`), and there apply `parallelize_module` with `self.device_mesh['tensor_parallel']`, `fully_shard` "
+                "with `mesh=self.device_mesh['data_parallel']`, or both. Where nothing is to be divided, use strategy='ddp'."
+            )
+        if self.layer_sync is not None and any(isinstance(each, torch.nn.modules.batchnorm._BatchNorm) for each in module.modules()):
+            raise MisconfigurationException(
+                "sync_batchnorm=True replaces layers, which is too late once they are divided. In `configure_model` call "
+                "`torch.nn.SyncBatchNorm.convert_sync_batchnorm(module, self.device_mesh['data_parallel'].get_group())` first."
+            )
+
+    def _average_gradients(self, module: Module) -> None:
+        """See to gradients that neither FSDP2 nor DTensor averages over ``"data_parallel"``."""
+        self._forget(module)
+        mesh = self.device_mesh[DATA]
+        ranks = replicas.ranks_of(mesh)
+        alone = [p for p in module.parameters() if p.requires_grad and len(ranks) > 1 and not replicas.covers(p, ranks)]
+        self._divided.append(module)
+        self._averaged.append(replicas.AveragedGradients(alone, mesh.get_group()))
+
+    def _forget(self, module: Module) -> None:
+        if module in self._divided:
+            index = self._divided.index(module)
+            del self._divided[index]
+            self._averaged.pop(index).remove()
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer, if it can step the divided parameters.
+
+        Raises:
+            MisconfigurationException: if it was made from parameters that have been replaced, or mixes kinds that its
+                implementation does not.
+        """
+        module_parameters = set(self.module.parameters()) if self.module is not None else set()
+        if module_parameters and not any(p in module_parameters for group in optimizer.param_groups for p in group["params"]):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} holds no parameter of the model as it is now: dividing it has replaced them. Make the "
+                "optimizer in `configure_optimizers`; with Fabric, after `setup_module`."
+            )
+        for group in optimizer.param_groups:
+            chosen = next((name for name in ("fused", "foreach") if group.get(name)), None)
+            if chosen is not None and len({is_dtensor(parameter) for parameter in group["params"]}) > 1:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__}({chosen}=True) can't step divided parameters (DTensor) and plain ones in one group. Give "
+                    "it two: [{'params': divided}, {'params': plain}], or divide all, such as by `fully_shard` on the whole model."
+                )
+        return optimizer
+
+    def bind(self, name: str) -> Callable[..., Any]:
+        """The step function ``name`` of the module, which in its first call compares the batches of those that need the same one."""
+        step = super().bind(name)
+        return step if self.sizes()[1] == 1 else replicas.compares_first_batch(step, name, self.device_mesh[TENSOR].get_group())
+
+    # ---- stepping ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_backward_sync(self, module: Module | None = None) -> Generator[None, None, None]:
+        """A context in which backward keeps gradients local; the forward pass belongs into it too.
+
+        Args:
+            module: as :meth:`setup_module` returned it; None for the strategy's own.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        held = [(each, averaged) for each, averaged in zip(self._divided, self._averaged) if module is None or each is module]
+        sharded = [each for owner, _ in held for each in owner.modules() if isinstance(each, FSDPModule)]
+        for each in sharded:
+            each.set_requires_gradient_sync(False, recurse=False)
+        for _, averaged in held:
+            averaged.enabled = False
+        try:
+            yield
+        finally:
+            for each in sharded:
+                each.set_requires_gradient_sync(True, recurse=False)
+            for _, averaged in held:
+                averaged.enabled = True
+
+    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
+        """Clip by the norm of all gradients, as if one process held them, or by value."""
+        if clip_val <= 0:
+            return
+        clips: dict[str, Callable[..., Any]] = {"norm": clip_norm_, "value": clip_value_}
+        if algorithm not in clips:
+            raise ValueError(f"gradient_clip_algorithm={algorithm!r} is not known. Accepted: 'norm', 'value'.")
+        self.precision.unscale_gradients(optimizer)
+        clips[algorithm](self.precision.main_params(optimizer), clip_val)
+
+    def block_backward_sync(self) -> AbstractContextManager[Any]:
+        """Another name of :meth:`no_backward_sync`, for manual optimization."""
+        return self.no_backward_sync()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if self._compared_gradients:
+            return super().optimizer_step(optimizer, closure, **kwargs)
+        if closure is None:
+            self._compare_gradients()
+            return super().optimizer_step(optimizer, None, **kwargs)
+
+        def then_compare() -> Any:
+            result = closure()
+            self._compare_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, then_compare, **kwargs)
+
+    def _compare_gradients(self) -> None:
+        """Once, make sure that the processes which compute one model together agree on what each of them holds whole."""
+        mesh = self.device_mesh[TENSOR]
+        ranks, group = replicas.ranks_of(mesh), mesh.get_group()
+        finite = [replicas.check_replicated_gradients(module, ranks, group) for module in self._divided]
+        self._compared_gradients = all(finite)
+
+    # ---- processes --------------------------------------------------------------------------------------------------
+
+    def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
+        """Reduce many values, each with those of the same name: each batch counts once, however many processes computed it together."""
+        return super().reduce_named(values, self.device_mesh[DATA].get_group() if group is None else group)

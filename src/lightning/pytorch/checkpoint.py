@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.dispatch import override_of
 from lightning.pytorch.loops.progress import Next
+from lightning.pytorch.position import describe
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
@@ -53,6 +54,8 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         loop = trainer.fit_loop
         if loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate:  # inside an accumulation window
             checkpoint["keraunos"]["gradients"] = {name: q.grad for name, q in module.named_parameters() if q.grad is not None}
+        if loop.loader is not None and loop.progress.batch_idx > 0:
+            checkpoint["keraunos"]["data"] = describe(loop.loader, loop.progress.batch_idx, trainer._data.replicas[0])
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", None)
@@ -192,6 +195,7 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
         loop.progress.start_anew()
     trainer.validate_loop.seen = list(checkpoint.get("loops", {}).get("validate_loop", {}).get("seen", []))
     loop.restarting = True
+    loop.resumed_position = checkpoint.get("keraunos", {}).get("data")
 
 
 def progress_of_lightning(checkpoint: Checkpoint, accumulate: int = 1) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.dispatch import override_of, spanned
+from lightning.pytorch.position import Continued, Position, rest_of
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ class TrainLoader:
         # One plain loader is iterated as it is; several give (batch, batch_idx, dataloader_idx), of which the batch is wanted.
         single = len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
         self.iterable: Iterable[Any] = combined.flattened[0] if single else _Batches(combined)
+
+    @classmethod
+    def continued(cls, loader: Any, done: int) -> TrainLoader:
+        """The rest of an epoch, ``done`` batches of which are done."""
+        rest = cls(CombinedLoader(loader, "max_size_cycle"), done + len(loader), True)
+        rest.iterable = Continued(loader, done)
+        return rest
 
     def agree(self, policy: str) -> None:
         """Agree with the other processes, of which there are some, on the number of batches; all of them must call it.
@@ -117,12 +125,13 @@ class RunData:
         self.loaded: dict[str, Any] = {}
         self.train_epoch: int | None = None  # the epoch in which a loader was asked for last
         self.val_epoch: int | None = None
+        self.rest_epoch: int | None = None  # the epoch that another number of processes began
 
     def reset(self, **given: Any) -> None:
         """Start a run with the loaders that were passed to it; None means that a hook gives them."""
         self.given = given
         self.loaded = {}
-        self.train_epoch = self.val_epoch = None
+        self.train_epoch = self.val_epoch = self.rest_epoch = None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -135,9 +144,33 @@ class RunData:
 
     def reload_train_if_due(self, epoch: int) -> None:
         """Ask for the training loader anew where ``reload_dataloaders_every_n_epochs`` says so."""
+        loop = self.trainer.fit_loop
         if self._is_due(epoch, self.train_epoch):
             del self.loaded["train"]
-            self.trainer.fit_loop.set_loader(self.train(), self.trainer.fit_loop.validates)
+            loop.set_loader(self.train(), loop.validates)
+        elif self.rest_epoch is not None and epoch != self.rest_epoch:
+            self.rest_epoch = None
+            loop.set_loader(self.loaded["train"], loop.validates)  # the rest of a resumed epoch is through
+
+    def rest_of_epoch(self, saved: Position) -> None:
+        """Go on in an epoch that was begun by another number of processes, where the data are now shared out differently."""
+        loop, replicas = self.trainer.fit_loop, self.replicas
+        count, rank = replicas
+        if saved["replicas"] == count:
+            return
+        rest = rest_of(self.train(), saved, loop.progress.epoch, count, rank)
+        if rest is None:
+            loop.progress.batch_idx = 0
+            return
+        loader, loop.progress.batch_idx = rest
+        self.rest_epoch = loop.progress.epoch
+        loop.set_loader(loader, loop.validates)
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """How many processes share the training data, and which of them this one is."""
+        known = self.trainer.strategy.distributed_sampler_kwargs
+        return (known["num_replicas"], known["rank"]) if known else (1, 0)
 
     def reload_val_if_due(self, epoch: int) -> None:
         """The same for validation inside fit."""

@@ -59,6 +59,7 @@ class FitLoop:
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
         self.restarting = False
+        self.resumed_position: Any = None  # where in the data the resumed checkpoint was saved, for another number of processes
         self.outputs: Any = None
         self.weight = 1.0  # what the current batch counts, where processes have different numbers of them
         self.told_of_minimum = False

@@ -229,6 +229,9 @@ def ready_to_fit(trainer: Trainer) -> bool:
         rank_zero_info("Nothing to train: limit_train_batches is 0.")
         return False
     loop.set_loader(data.train(), validates)
+    if loop.resumed_position is not None and loop.progress.batch_idx > 0:
+        data.rest_of_epoch(loop.resumed_position)
+        loop.resumed_position = None
     if loop.finished():
         return False
     if validates:

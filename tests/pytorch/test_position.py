@@ -1,0 +1,77 @@
+"""Runs that another number of processes goes on with, in the middle of an epoch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from processes import run
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.strategies import DDPStrategy
+
+
+class Noting(LightningModule):
+    """Notes which samples it was given, and in which batch of which epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[int, int, list[int]]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seen.append((self.current_epoch, batch_idx, batch.tolist()))
+        return (self.weight * batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.001)
+
+
+def fit(rank: int, size: int, folder: str, samples: int, batch_size: int, steps: int, epochs: int, ckpt_path: str | None) -> dict[str, Any]:
+    torch.manual_seed(5)
+    module = Noting()
+
+    def save(trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(f"{folder}/step={trainer.global_step}.ckpt")
+
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy=DDPStrategy() if size > 1 else "auto", max_epochs=epochs, max_steps=steps, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        enable_checkpointing=False, callbacks=LambdaCallback(on_train_batch_end=save) if ckpt_path is None else None,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(range(samples), batch_size=batch_size), ckpt_path=ckpt_path)  # type: ignore[arg-type]
+    return {"seen": module.seen, "steps": trainer.global_step}
+
+
+def ids(results: list[dict[str, Any]], epoch: int) -> list[int]:
+    return sorted(sample for result in results for at, _, batch in result["seen"] if at == epoch for sample in batch)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 3)])
+def test_the_rest_of_an_epoch_is_taken_once_by_another_number_of_processes(tmp_path: Path, first: int, second: int) -> None:
+    samples, size = 24, 2
+    begun = run(fit, first, str(tmp_path), samples, size, 2, 2, None)
+    taken = ids(begun, 0)
+    assert len(taken) == 2 * size * first
+    rest = run(fit, second, str(tmp_path), samples, size, -1, 2, str(tmp_path / "step=2.ckpt"))
+    assert sorted(taken + ids(rest, 0)) == list(range(samples))
+    assert ids(rest, 1) == list(range(samples))  # and the next epoch is a whole one
+    assert min(index for at, index, _ in rest[0]["seen"] if at == 0) == 2 * first // second
+    assert len({result["steps"] for result in rest}) == 1
+
+
+def test_a_number_of_samples_that_does_not_divide_repeats_one_at_most(tmp_path: Path) -> None:
+    begun = run(fit, 1, str(tmp_path), 9, 2, 1, 1, None)
+    rest = run(fit, 2, str(tmp_path), 9, 2, -1, 1, str(tmp_path / "step=1.ckpt"))
+    assert [batch for _, _, batch in rest[0]["seen"]] == [[2, 4], [6, 8]]
+    assert [batch for _, _, batch in rest[1]["seen"]] == [[3, 5], [7]]
+    assert sorted(ids(begun, 0) + ids(rest, 0)) == list(range(9))

@@ -28,13 +28,13 @@ def quiet(**arguments: Any) -> Trainer:
 
 
 def joined(ddp: dict[str, Any] | None = None, **arguments: Any) -> Trainer:
-    """The same over all processes that have met.
+    """The same over all processes that have met, as those of one machine.
 
     Args:
         ddp: arguments of DDPStrategy.
         arguments: of the Trainer.
     """
-    return quiet(**{"strategy": DDPStrategy(**(ddp or {})), **arguments})
+    return quiet(**{"strategy": DDPStrategy(**(ddp or {})), "devices": torch.distributed.get_world_size(), **arguments})
 
 
 class Numbers(Dataset[Tensor]):
@@ -74,7 +74,7 @@ class Vectors(Dataset[Tensor]):
 
 
 def loader(dataset: Any, global_batch: int, size: int, **arguments: Any) -> DataLoader[Any]:
-    """A shuffled loader for one of ``size`` processes, which the trainer shares out; or, of size 1, one that gives the same global batches."""
+    """A shuffled loader that the trainer shares out among ``size`` processes; for one process, one that gives the same global batches."""
     if size > 1:
         return DataLoader(dataset, batch_size=global_batch // size, shuffle=True, **arguments)
     return DataLoader(dataset, batch_size=global_batch, sampler=DistributedSampler(dataset, 1, 0, shuffle=True), **arguments)

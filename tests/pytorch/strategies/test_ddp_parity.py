@@ -136,8 +136,7 @@ def check(size: int, cases: list[Case], tolerance: float = TOLERANCE) -> None:
     ranks = run(in_processes, size, cases)
     for index, case in enumerate(cases):
         arguments = {"max_epochs": 2, **case.get("trainer", {})}
-        if "strategy" in arguments:
-            del arguments["strategy"]
+        arguments.pop("strategy", None)
         alone = trained(quiet(**arguments), 1, case)
         here = [results[index] for results in ranks]
         assert all(result["weights"] == here[0]["weights"] for result in here), case

@@ -77,7 +77,7 @@ class EvaluationLoop:
         fitting = trainer.state.fn == "fit"
         with trainer._in_stage(stage):
             self.loaders = trainer._data.evaluation(self.source)
-            if sum(self.num_batches) == 0:
+            if not self.num_batches:  # a process may have no batch where others have some
                 finishing()
                 return []
             self.bind()

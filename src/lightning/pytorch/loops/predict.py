@@ -60,7 +60,7 @@ class PredictionLoop:
             return None
         with no_gradients(trainer), trainer._in_stage(RunningStage.PREDICTING):
             self.loaders = trainer._data.evaluation("predict")
-            if sum(self.num_batches) == 0:
+            if not self.num_batches:  # a process may have no batch where others have some
                 return None
             writers = [c for c in trainer.callbacks if isinstance(c, BasePredictionWriter)]
             self.wants_indices = bool(writers)

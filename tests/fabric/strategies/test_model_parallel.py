@@ -19,7 +19,6 @@ from training import batches, largest_difference, part
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.sharding import full_tensor, is_dtensor
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 TOLERANCE = 1e-6
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,10 +14,23 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning.fabric import collectives
+from lightning.fabric.checkpoint.sharded import is_sharded_checkpoint, open_sharded
 from lightning.fabric.strategies import replicas
+from lightning.fabric.strategies.fsdp_module import Root, WholeParameters, materialize, root_of
 from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
-from lightning.fabric.strategies.sharding import clip_norm_, clip_value_, is_dtensor
+from lightning.fabric.strategies.sharding import (
+    clip_norm_,
+    clip_value_,
+    full_optimizer_state,
+    full_state,
+    is_dtensor,
+    load_optimizer_state,
+    load_sharded_state_dict,
+    make_scaler_agree,
+    save_sharded_checkpoint,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -190,11 +204,21 @@ class ModelParallelStrategy(ParallelStrategy):
                 raise TypeError(f"`parallelize_fn` returned {module!r}, a {type(module).__name__}; it must return the module.")
         self._check_divided(module)
         module = self.precision.convert_module(module)
+        left = materialize(module, self.root_device)
+        if left:
+            names = ", ".join(map(repr, left[:5])) + (" ..." if len(left) > 5 else "")
+            rank_zero_warn(
+                f"{names}: made on the meta device, and without first values, since the modules that hold them have no `reset_parameters`. "
+                "Give them one, or load weights from a checkpoint."
+            )
         self.module_to_device(module)
         tensors = [*module.parameters(), *module.buffers()]
         for dimension in (TENSOR, DATA):  # a tensor that neither divides becomes what it is on rank 0
             replicas.make_same(tensors, self.device_mesh[dimension])
         if training:
+            scaler = getattr(self.precision, "scaler", None)
+            if scaler is not None:
+                make_scaler_agree(scaler)
             self._average_gradients(module)
             self._compared_gradients = self.sizes()[1] == 1
         return module
@@ -255,7 +279,15 @@ class ModelParallelStrategy(ParallelStrategy):
 
     def bind(self, name: str) -> Callable[..., Any]:
         """The step function ``name`` of the module, which in its first call compares the batches of those that need the same one."""
+        from torch.distributed.fsdp import FSDPModule
+
         step = super().bind(name)
+        model: Any = self.model
+        if isinstance(model, FSDPModule):  # itself, so that the step has to gather the weights that it holds
+            root = root_of(model) or Root(self.model, WholeParameters(self.model, [], self.device_mesh))
+            step = root.through(step, manual=not getattr(self.module, "automatic_optimization", True))
+        elif name != "training_step":
+            step = _without_inference_mode(step)
         return step if self.sizes()[1] == 1 else replicas.compares_first_batch(step, name, self.device_mesh[TENSOR].get_group())
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
@@ -318,8 +350,79 @@ class ModelParallelStrategy(ParallelStrategy):
         finite = [replicas.check_replicated_gradients(module, ranks, group) for module in self._divided]
         self._compared_gradients = all(finite)
 
+    def pre_backward(self, tensor: Any) -> None:
+        """In manual optimization: gather the weights that a backward pass over ``tensor`` needs."""
+        root = root_of(self.model)
+        if root is not None and root.manual:
+            root.before_backward(tensor)
+
     # ---- processes --------------------------------------------------------------------------------------------------
 
     def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
         """Reduce many values, each with those of the same name: each batch counts once, however many processes computed it together."""
         return super().reduce_named(values, self.device_mesh[DATA].get_group() if group is None else group)
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights: divided as they are for a distributed checkpoint, else whole on rank 0; every process must call it."""
+        assert self.module is not None
+        state = self.module.state_dict()
+        return state if self._save_distributed_checkpoint else full_state(state)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.module is not None
+        load_sharded_state_dict(self.module, checkpoint["state_dict"], strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer, divided or whole as the weights are; every process must call it."""
+        return optimizer.state_dict() if self._save_distributed_checkpoint else full_optimizer_state(optimizer)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        load_optimizer_state(optimizer, state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, a directory or a file: all of it, or nothing; every process must call it.
+
+        Raises:
+            TypeError: for ``storage_options`` with a directory.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r} is for files, and a distributed checkpoint is a directory that every process writes "
+                "to. Leave it out, or use ModelParallelStrategy(save_distributed_checkpoint=False)."
+            )
+        save_sharded_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of any strategy. Of a directory only what each process needs is read, when weights and states are loaded."""
+        if is_sharded_checkpoint(checkpoint_path):
+            return open_sharded(checkpoint_path, weights_only)  # type: ignore[no-any-return]
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def teardown(self) -> None:
+        """Free what belongs to a run. Divided weights and states stay on their devices, for the next one."""
+        for module in list(self._divided):
+            self._forget(module)
+        kept = self.module, self.optimizers
+        self.module, self.optimizers = None, []
+        try:
+            super().teardown()
+        finally:
+            self.module, self.optimizers = kept
+
+
+def _without_inference_mode(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` with gradients switched off in its place: weights that are gathered in inference mode could never be trained."""
+
+    @wraps(step)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return step(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return step(*args, **kwargs)
+
+    return run

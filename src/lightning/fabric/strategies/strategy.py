@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -171,6 +171,26 @@ class Strategy:
         """
         return [self.setup_optimizer(optimizer) for optimizer in optimizers]
 
+    def setup_module_and_optimizers(
+        self, module: Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[Module, list[Optimizer], Any]:
+        """Return a module, the optimizers that were made of its parameters, and their scheduler, as they will run.
+
+        Args:
+            module: the user's.
+            optimizers: where setting up replaces parameters, they get the new ones.
+            scheduler: for engines that step it themselves.
+
+        Raises:
+            RuntimeError: if an optimizer can't go on with the parameters as they are then.
+        """
+        from lightning.fabric.strategies.objects import follow_parameters
+
+        before = list(module.parameters())
+        model = self.setup_module(module)
+        follow_parameters(optimizers, before, list(module.parameters()))
+        return model, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """A context to build a module in: on the device and in the precision of the run.
@@ -191,6 +211,15 @@ class Strategy:
         """The step function ``name`` of the module, to be called as it runs under this strategy."""
         return getattr(self.model, name)  # type: ignore[no-any-return]
 
+    def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, which computes with a module, as it runs in place of that module's forward pass.
+
+        Args:
+            module: as :meth:`setup_module` returned it.
+            method: such as ``training_step`` of the module.
+        """
+        return method
+
     def process_dataloader(self, dataloader: T) -> T:
         """Return the loader as this process needs it."""
         return dataloader
@@ -201,8 +230,12 @@ class Strategy:
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
-    def no_backward_sync(self) -> AbstractContextManager[Any]:
-        """A context in which backward keeps gradients local, for all but the last batch of an accumulation window."""
+    def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
+        """A context in which backward keeps gradients local, for all but the last batch of an accumulation window.
+
+        Args:
+            module: as :meth:`setup_module` returned it; None for the strategy's own.
+        """
         return nullcontext()
 
     def pre_backward(self, tensor: Any) -> None:
@@ -221,6 +254,29 @@ class Strategy:
     def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
         """Clip the gradients of the optimizer's parameters, by their norm or by value."""
         self.precision.clip_gradients(optimizer, clip_val, algorithm)
+
+    def clip_gradients_norm(
+        self, module: Module, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
+    ) -> Tensor:
+        """Scale the gradients of the optimizer's parameters such that their common norm is at most ``max_norm``; return what it was.
+
+        Args:
+            module: as :meth:`setup_module` returned it.
+            optimizer: of its parameters.
+            max_norm: the largest norm.
+            norm_type: which norm; infinity for the largest absolute value.
+            error_if_nonfinite: raise if the norm is infinite or no number, which means that the host waits for the device to know it.
+
+        Raises:
+            RuntimeError: if it is, and ``error_if_nonfinite``.
+        """
+        self.precision.unscale_gradients(optimizer)
+        parameters = list(self.precision.main_params(optimizer))
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+
+    def clip_gradients_value(self, module: Module, optimizer: Optimizer, clip_val: float) -> None:
+        """Limit each element of the gradients of the optimizer's parameters to between ``-clip_val`` and ``clip_val``."""
+        self.clip_gradients(optimizer, clip_val, "value")
 
     # ---- processes --------------------------------------------------------------------------------------------------
 
@@ -278,7 +334,11 @@ class Strategy:
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights of the user's module, as a checkpoint holds them; every process must call it."""
         assert self.module is not None
-        return self.module.state_dict()
+        return self.get_module_state_dict(self.module)
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        """The weights of a module of the user's that was set up, as a checkpoint holds them; every process must call it."""
+        return module.state_dict()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights of the user's module.
@@ -291,11 +351,28 @@ class Strategy:
             RuntimeError: if ``strict`` and keys do not match, or shapes differ.
         """
         assert self.module is not None
-        self.module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        self.load_module_state_dict(self.module, checkpoint["state_dict"], strict)
+
+    def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what :meth:`get_module_state_dict` returned, here or under another strategy.
+
+        Args:
+            module: the user's.
+            state_dict: its weights.
+            strict: whether all keys must match.
+
+        Raises:
+            RuntimeError: if ``strict`` and keys do not match, or shapes differ.
+        """
+        module.load_state_dict(state_dict, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of an optimizer."""
+        """The state of an optimizer; every process must call it."""
         return optimizer.state_dict()
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Another name of :meth:`optimizer_state`."""
+        return self.optimizer_state(optimizer)
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Load the state of an optimizer."""
@@ -309,6 +386,39 @@ class Strategy:
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint to the CPU, so that the device never holds it twice."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
+
+    def save_state(self, path: Any, state: Mapping[str, Any], filter: Mapping[str, Callable[[str, Any], bool]] | None = None) -> None:
+        """Write objects to a checkpoint; every process must call it.
+
+        Args:
+            path: where to.
+            state: modules and optimizers that were set up, other objects with a ``state_dict``, and plain values, by name.
+            filter: for names in ``state``, which entries of that ``state_dict`` are kept.
+        """
+        from lightning.fabric.strategies.objects import collect
+
+        self.save_checkpoint(collect(self, state, filter or {}), path)
+
+    def load_state(
+        self, path: Any, state: MutableMapping[str, Any] | None = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint into objects, and return what is left of it; every process must call it.
+
+        Args:
+            path: where it is.
+            state: as for :meth:`save_state`; plain values are replaced in it. None leaves all of the checkpoint.
+            strict: whether the checkpoint must hold every name in ``state``, and the keys of modules must match.
+            weights_only: False unpickles anything in the file; for files from a source you trust.
+
+        Raises:
+            KeyError: if ``strict`` and the checkpoint lacks a name.
+            RuntimeError: if weights don't fit.
+            pickle.UnpicklingError: if a value that is asked for needs ``weights_only=False``.
+        """
+        from lightning.fabric.strategies.objects import restore
+
+        checkpoint = self.load_checkpoint(path, weights_only=weights_only)
+        return restore(self, checkpoint, state, strict) if state else checkpoint
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint."""

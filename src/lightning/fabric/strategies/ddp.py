@@ -148,6 +148,10 @@ class DDPStrategy(ParallelStrategy):
         self._prepares_backward = not getattr(self.module, "automatic_optimization", True)
         return through_ddp(self.model, step, prepares_backward=self._prepares_backward)
 
+    def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method`` as it runs inside of DDP's forward; as it is where the module is not wrapped."""
+        return through_ddp(module, method) if isinstance(module, DistributedDataParallel) else method
+
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
     def pre_backward(self, tensor: Any) -> None:

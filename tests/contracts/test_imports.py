@@ -21,7 +21,10 @@ FABRIC_LAYERS = {
     "plugins": "accelerators precision quantization checkpoint collectives utilities",
     "launchers": "plugins utilities",
     "uneven": "collectives plugins utilities",
-    "strategies": "uneven launchers plugins accelerators precision checkpoint collectives utilities",
+    "stacks": "",
+    "side_channel": "stacks launchers utilities",
+    "watchdog": "side_channel stacks launchers",
+    "strategies": "watchdog side_channel uneven launchers plugins accelerators precision checkpoint collectives utilities",
     "runtime": "strategies launchers accelerators precision quantization checkpoint collectives plugins utilities",
 }
 # Every part of ``pytorch`` may import ``fabric`` as well.

@@ -22,6 +22,7 @@ RUN_DIRECTORY = "KERAUNOS_RUN_DIRECTORY"  # the environment variable that names 
 RUN_RANK = "KERAUNOS_RANK"  # the global rank of a process, known before anything else is
 
 EXIT = "exit"  # the kind of a failure that left no error: the process was gone
+STILL = "still"  # the kind of a failure that the watchdog has noticed: the process is there, and does nothing
 
 # Errors that a rank gets because another one is gone: types by their names, and messages of gloo, NCCL and the store.
 CONSEQUENCE_KINDS = {"PeerFailure", "KeyboardInterrupt", "ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError"}
@@ -33,6 +34,9 @@ CONSEQUENCE_MESSAGE = re.compile(
 )
 
 
+_heard: list[Failure] = []  # failures of other ranks, for processes that share no directory
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why one rank failed.
@@ -40,9 +44,10 @@ class Failure:
     Args:
         rank: its global rank.
         time: when, in seconds since the epoch.
-        kind: the name of the error's class; ``"exit"`` if the process ended without an error of its own.
+        kind: the name of the error's class; ``"exit"`` if the process ended without an error of its own, ``"still"`` if it
+            stands still.
         message: the error's text.
-        traceback: as Python prints it; empty if the process ended without an error.
+        traceback: as Python prints it, or where the process stands; empty if it ended without an error.
         exit_code: of the process, where it was that which told; negative: the number of the signal that killed it.
     """
 
@@ -59,7 +64,7 @@ class Failure:
         return self.kind in CONSEQUENCE_KINDS or (self.kind == "RuntimeError" and bool(CONSEQUENCE_MESSAGE.search(self.message)))
 
     def __str__(self) -> str:
-        if self.kind == EXIT:
+        if self.kind in (EXIT, STILL):
             return f"rank {self.rank} {self.message}"
         first_line = self.message.strip().partition("\n")[0]
         return f"rank {self.rank} raised {self.kind}" + (f": {first_line}" if first_line else "")
@@ -96,7 +101,8 @@ def explain(failure: Failure | None, stopped: Iterable[int] = ()) -> str:
     if others:
         text += f"\nStopped while still running: rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}."
     if failure.traceback:
-        text += f"\n\nOn rank {failure.rank}, the first to fail:\n{failure.traceback.rstrip()}"
+        what = "which stands here" if failure.kind == STILL else "the first to fail"
+        text += f"\n\nOn rank {failure.rank}, {what}:\n{failure.traceback.rstrip()}"
     return text
 
 
@@ -128,14 +134,36 @@ def report_failure(error: BaseException) -> Failure:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             get_error_handler().record_exception(error)
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        failure = Failure(current_rank(), time.time(), EXIT, _describe_exit(code), "", code)
-    else:
-        failure = Failure(current_rank(), time.time(), type(error).__name__, str(error), text)
+    failure = describe(error, current_rank())
     _write(failure)
     return failure
+
+
+def describe(error: BaseException, rank: int) -> Failure:
+    """What is to be said of an error that ``rank`` has raised just now."""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return Failure(rank, time.time(), EXIT, _describe_exit(code), "", code)
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return Failure(rank, time.time(), type(error).__name__, str(error), text)
+
+
+def note_failure(failure: Failure) -> None:
+    """Take note of the failure of another rank, perhaps one of another machine, as this process has heard of it.
+
+    The other processes of this machine find it beside those that ranks have reported themselves.
+    """
+    _heard.append(failure)
+    _write(failure)
+
+
+def hand_to_torchrun(failure: Failure) -> None:
+    """Write the failure of this rank into the file that torchrun reads for its summary, if it has started this process."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(Exception):
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(RuntimeError(f"{failure}\n{failure.traceback}"))
 
 
 def report_exit(rank: int, exit_code: int, folder: Path | None = None) -> None:
@@ -151,6 +179,7 @@ def report_exit(rank: int, exit_code: int, folder: Path | None = None) -> None:
 
 def clear_failure() -> None:
     """Take back what this rank has reported: it has caught the error, and goes on."""
+    _heard.clear()
     folder = directory()
     if folder is not None:
         _file(folder, current_rank()).unlink(missing_ok=True)
@@ -168,7 +197,7 @@ def failures(folder: Path | None = None) -> list[Failure]:
 
 def first_failure(folder: Path | None = None) -> Failure | None:
     """Return why the run fails: the earliest failure that is not just the consequence of another. None without any."""
-    found = failures(folder)
+    found = failures(folder) or _heard
     return next((failure for failure in found if not failure.is_consequence), found[0] if found else None)
 
 

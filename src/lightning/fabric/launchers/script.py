@@ -18,7 +18,15 @@ import torch
 
 from lightning.fabric.launchers import bootstrap
 from lightning.fabric.launchers.crew import Crew, end_within, on_uncaught
-from lightning.fabric.launchers.failures import RUN_DIRECTORY, RUN_RANK, clear_failure, mark_progress, report_failure
+from lightning.fabric.launchers.failures import (
+    RUN_DIRECTORY,
+    RUN_RANK,
+    PeerFailure,
+    clear_failure,
+    first_failure,
+    mark_progress,
+    report_failure,
+)
 from lightning.fabric.launchers.launcher import Launcher, refuse_interactive, variables_of_rank
 from lightning.fabric.launchers.processes import RankProcess, stop
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -145,8 +153,12 @@ class ScriptLauncher(Launcher):
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
-            if not isinstance(error, SystemExit) or error.code:
-                report_failure(error)
+            if isinstance(error, SystemExit) and not error.code:
+                raise
+            follows = report_failure(error).is_consequence and not isinstance(error, (KeyboardInterrupt, PeerFailure))
+            cause = first_failure() if follows else None
+            if cause is not None and not cause.is_consequence:
+                raise PeerFailure(cause) from error  # of this machine or, as this process has heard, of another one
             raise
         mark_progress(_runs)
         return result

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning.fabric import collectives
-from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
+from lightning.fabric.strategies.parallel import DEFAULT_LIMIT, DEFAULT_TIMEOUT, ParallelStrategy
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators.accelerator import Accelerator
@@ -47,6 +47,8 @@ class DDPStrategy(ParallelStrategy):
         model_averaging_period: with ``post_localSGD_hook``: every how many steps the weights of all processes are averaged.
         process_group_backend: which library carries collectives; None for what suits the devices.
         timeout: how long a collective may take before it fails.
+        watchdog_timeout: how long the processes may go without reaching the next batch before the run is ended; see
+            :class:`~lightning.fabric.strategies.parallel.ParallelStrategy`.
         start_method: how the processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         kwargs: go to :class:`~torch.nn.parallel.DistributedDataParallel`, such as ``find_unused_parameters``, ``static_graph``,
             ``bucket_cap_mb`` and ``gradient_as_bucket_view``.
@@ -78,6 +80,7 @@ class DDPStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        watchdog_timeout: timedelta | None = DEFAULT_LIMIT,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -88,6 +91,7 @@ class DDPStrategy(ParallelStrategy):
             precision or precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            watchdog_timeout=watchdog_timeout,
         )
         _check_arguments(start_method, ddp_comm_hook, ddp_comm_wrapper, model_averaging_period, ddp_comm_state, kwargs)
         self.start_method = start_method

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning.fabric import collectives
+from lightning.fabric.side_channel import SideChannel
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.fabric.watchdog import DEFAULT_LIMIT, Watchdog
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators.accelerator import Accelerator
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 TBroadcast = TypeVar("TBroadcast")
 
 DEFAULT_TIMEOUT = timedelta(seconds=1800)
+
+
+def _nowhere() -> None:
+    """The position outside of loops."""
 
 
 class ParallelStrategy(Strategy):
@@ -43,6 +49,8 @@ class ParallelStrategy(Strategy):
         process_group_backend: torch's name of the library that carries collectives, such as ``"nccl"``, or of one for each type of
             device, such as ``"cpu:gloo,cuda:nccl"``; None for what suits the devices.
         timeout: how long a collective may take before it fails.
+        watchdog_timeout: how long the processes may go without reaching the next batch, of training or evaluation, before the
+            one that stands still is named with its stack, and the run is ended; None for no limit.
     """
 
     strategy_name = "parallel"
@@ -62,11 +70,15 @@ class ParallelStrategy(Strategy):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
+        watchdog_timeout: timedelta | None = DEFAULT_LIMIT,
     ) -> None:
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision or precision_plugin)
         self.parallel_devices = parallel_devices
         self.cluster_environment = cluster_environment
         self.timeout = timeout
+        self.watchdog_timeout = watchdog_timeout
+        self.side_channel: SideChannel | None = None  # between the processes of a run, while there is one
+        self.watchdog: Watchdog | None = None
         self.layer_sync: LayerSync | None = None
         self._process_group_backend = process_group_backend
 
@@ -153,12 +165,39 @@ class ParallelStrategy(Strategy):
         """
         join_processes(self.cluster_environment, self.process_group_backend, self.timeout, self.root_device)
 
+    def watch(self, position: Callable[[], Any] = _nowhere) -> None:
+        """Let the processes tell each other of failures, and the watchdog see whether they get on; until :meth:`teardown`.
+
+        All processes must call it, after :meth:`setup_environment`. It takes no collective, and a step pays nothing for it.
+
+        Args:
+            position: where the run is; see :class:`~lightning.fabric.watchdog.Watchdog`.
+        """
+        self._stop_watching()
+        if not collectives.is_distributed() or torch.distributed.get_world_size() == 1:
+            return
+        self.side_channel = SideChannel.to_all()
+        if self.watchdog_timeout is not None:
+            self.watchdog = Watchdog(self.side_channel, self.watchdog_timeout, position, on_device=self.root_device.type != "cpu")
+            self.watchdog.start()
+
+    def _stop_watching(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        if self.side_channel is not None:
+            self.side_channel.close()
+        self.side_channel = self.watchdog = None
+
     def on_exception(self, exception: BaseException) -> None:
-        """Remember that this process has failed: it leaves the others at once, without a farewell that they would have to answer."""
+        """Tell the others why this process fails, and leave them at once, without a farewell that they would have to answer."""
         Leaving.failed = True
+        if self.side_channel is not None:
+            self.side_channel.fail(exception)
+        self._stop_watching()
 
     def teardown(self) -> None:
         """Free module and device. The process group stays, for the next run of this process; nothing waits for another one here."""
+        self._stop_watching()
         super().teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()

@@ -119,7 +119,7 @@ def choose_accelerator(accelerator: str | Accelerator = "auto") -> Accelerator:
     if isinstance(accelerator, Accelerator):
         return accelerator
     if accelerator == "auto":
-        accelerator = next(name for name in AUTO_ORDER if is_present(name))
+        accelerator = next(name for name in AUTO_ORDER if is_present(name) and not is_stand_in(name))
     elif accelerator == "gpu":
         accelerator = next((name for name in ("cuda", "mps") if is_present(name)), "gpu")
         if accelerator == "gpu":
@@ -132,17 +132,24 @@ def choose_accelerator(accelerator: str | Accelerator = "auto") -> Accelerator:
         names = ", ".join(["auto", "gpu", *ACCELERATOR_REGISTRY])
         raise ValueError(f"accelerator={accelerator!r} is not known. Accepted: {names}, or an instance of Accelerator.")
     elif not is_present(accelerator):
+        hint = ""
         if accelerator == "tpu":
             ACCELERATOR_REGISTRY.get(accelerator)  # says what to install where torch_xla is what's missing
+            hint = " To test on a machine without TPUs, set the environment variable PJRT_DEVICE=CPU."
         raise MisconfigurationException(
             f'accelerator="{accelerator}" was asked for, and this machine has no such device. '
-            f'Present: {present_accelerators()}. Use one of those, or accelerator="auto".'
+            f'Present: {present_accelerators()}. Use one of those, or accelerator="auto".{hint}'
         )
     return ACCELERATOR_REGISTRY.get(accelerator)  # type: ignore[no-any-return]
 
 
 def is_present(name: str) -> bool:
     return name in ACCELERATOR_REGISTRY and bool(ACCELERATOR_REGISTRY[name]["accelerator"].is_available())
+
+
+def is_stand_in(name: str) -> bool:
+    """Whether other devices stand in for those of this name, which is for tests, and never chosen unasked."""
+    return bool(getattr(ACCELERATOR_REGISTRY[name]["accelerator"], "is_stand_in", bool)())
 
 
 def present_accelerators() -> list[str]:

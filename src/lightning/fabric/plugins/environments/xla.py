@@ -1,7 +1,8 @@
-"""Processes that ``torch_xla`` starts, one for each TPU core."""
+"""Processes that ``torch_xla`` starts, one for each TPU chip; on old TPUs, and on the CPU, with a thread for each device."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning.fabric.accelerators.xla import XLAAccelerator, has_torch_xla
@@ -10,6 +11,8 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 
 class XLAEnvironment(ClusterEnvironment):
     """Asks ``torch_xla`` for ranks. There is no address to meet at: the runtime (PJRT) finds its processes by itself.
+
+    Until the processes are started there is one, of rank 0. Asking the runtime would take the devices from the others.
 
     Raises:
         ModuleNotFoundError: without ``torch_xla``.
@@ -25,6 +28,11 @@ class XLAEnvironment(ClusterEnvironment):
         return False
 
     @property
+    def is_started(self) -> bool:
+        """Whether this is one of the processes that torch_xla has started."""
+        return "PJRT_LOCAL_PROCESS_COUNT" in os.environ
+
+    @property
     def main_address(self) -> str:
         raise NotImplementedError("XLA's processes find each other without an address.")
 
@@ -34,24 +42,46 @@ class XLAEnvironment(ClusterEnvironment):
 
     def world_size(self) -> int:
         """The number of XLA devices on all machines; 1 before the processes are started."""
+        if not self.is_started:
+            return 1
         import torch_xla.runtime
 
         return int(torch_xla.runtime.world_size())
 
     def global_rank(self) -> int:
+        if not self.is_started:
+            return 0
         import torch_xla.runtime
 
         return int(torch_xla.runtime.global_ordinal())
 
     def local_rank(self) -> int:
+        if not self.is_started:
+            return 0
         import torch_xla.runtime
 
         return int(torch_xla.runtime.local_ordinal())
 
     def node_rank(self) -> int:
+        if not self.is_started:
+            return 0
         import torch_xla.runtime
 
         return int(torch_xla.runtime.host_index())
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Check that torch_xla can start so many processes: it uses one device of a machine, or all.
+
+        Raises:
+            ValueError: for another number.
+        """
+        available = XLAAccelerator.auto_device_count()
+        if num_devices not in (1, available):
+            fewer = "CPU_NUM_DEVICES" if XLAAccelerator.is_stand_in() else "TPU_VISIBLE_CHIPS"
+            raise ValueError(
+                f"devices={num_devices} was given, and torch_xla uses one device of a machine, or all, of which this one has {available}. "
+                f"Use devices=1 or devices={available}; which there are is said by the environment variable {fewer}."
+            )
 
     @staticmethod
     def detect() -> bool:

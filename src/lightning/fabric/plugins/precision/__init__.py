@@ -1,5 +1,6 @@
 """The documented import path of the precisions."""
 
+from lightning.fabric.plugins.precision.xla import XLAPrecision
 from lightning.fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.fabric.quantization import BitsandbytesPrecision, TransformerEnginePrecision
 
@@ -10,4 +11,5 @@ __all__ = [
     "MixedPrecision",
     "Precision",
     "TransformerEnginePrecision",
+    "XLAPrecision",
 ]

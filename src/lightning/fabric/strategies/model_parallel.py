@@ -14,23 +14,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning.fabric import collectives
-from lightning.fabric.checkpoint.sharded import is_sharded_checkpoint, open_sharded
 from lightning.fabric.strategies import replicas
-from lightning.fabric.strategies.fsdp_module import Root, WholeParameters, materialize, root_of
-from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
-from lightning.fabric.strategies.sharding import (
-    clip_norm_,
-    clip_value_,
-    full_optimizer_state,
-    full_state,
-    is_dtensor,
-    load_optimizer_state,
-    load_sharded_state_dict,
-    make_scaler_agree,
-    save_sharded_checkpoint,
-)
+from lightning.fabric.strategies.fsdp_module import Root, WholeParameters, root_of
+from lightning.fabric.strategies.meta_device import materialize
+from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT
+from lightning.fabric.strategies.sharded import ShardedStrategy
+from lightning.fabric.strategies.sharding import is_dtensor, make_scaler_agree
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +30,7 @@ if TYPE_CHECKING:
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 
 
-class ModelParallelStrategy(ParallelStrategy):
+class ModelParallelStrategy(ShardedStrategy):
     """Divide a model over a grid of processes, in the way that the model itself says.
 
     The grid, ``device_mesh``, has the dimensions ``"data_parallel"`` and ``"tensor_parallel"``. Processes that differ in the second
@@ -75,8 +65,7 @@ class ModelParallelStrategy(ParallelStrategy):
     """
 
     strategy_name = "model_parallel"
-    forward_is_collective = True
-    restore_checkpoint_after_setup = True
+    file_option = "save_distributed_checkpoint=False"
 
     def __init__(
         self,
@@ -95,12 +84,14 @@ class ModelParallelStrategy(ParallelStrategy):
                 hint = " The function goes to parallelize_fn=..., by name." if callable(size) else ""
                 raise ValueError(f"{name}={size!r}: give a whole number of processes, 1 or more, or 'auto'.{hint}")
         self._sizes = data_parallel_size, tensor_parallel_size
-        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self.saves_directories = save_distributed_checkpoint
         self._parallelize_fn = parallelize_fn
         self._device_mesh: DeviceMesh | None = None
         self._divided: list[Module] = []  # that are trained
         self._averaged: list[replicas.AveragedGradients] = []  # of each of these
         self._compared_gradients = False
+        self._handles: list[Any] = []
+        self._without_value: list[str] = []  # tensors that only a checkpoint can give values to
 
     # ---- where this process is --------------------------------------------------------------------------------------
 
@@ -198,19 +189,15 @@ class ModelParallelStrategy(ParallelStrategy):
             TypeError: if nothing in it is divided, or ``parallelize_fn`` returned no module.
             MisconfigurationException: if batch normalisation would have to be replaced after it was divided.
         """
+        from torch.distributed.fsdp import FSDPModule
+
         if self._parallelize_fn is not None:
             module = self._parallelize_fn(module, self.device_mesh)
             if not isinstance(module, Module):
                 raise TypeError(f"`parallelize_fn` returned {module!r}, a {type(module).__name__}; it must return the module.")
         self._check_divided(module)
         module = self.precision.convert_module(module)
-        left = materialize(module, self.root_device)
-        if left:
-            names = ", ".join(map(repr, left[:5])) + (" ..." if len(left) > 5 else "")
-            rank_zero_warn(
-                f"{names}: made on the meta device, and without first values, since the modules that hold them have no `reset_parameters`. "
-                "Give them one, or load weights from a checkpoint."
-            )
+        self._without_value = materialize(module, self.root_device)
         self.module_to_device(module)
         tensors = [*module.parameters(), *module.buffers()]
         for dimension in (TENSOR, DATA):  # a tensor that neither divides becomes what it is on rank 0
@@ -221,6 +208,8 @@ class ModelParallelStrategy(ParallelStrategy):
                 make_scaler_agree(scaler)
             self._average_gradients(module)
             self._compared_gradients = self.sizes()[1] == 1
+        if isinstance(module, FSDPModule) and root_of(module) is None:  # itself, so that steps have to gather the weights that it holds
+            Root(module, WholeParameters(module, [], self.device_mesh))
         return module
 
     def module_to_device(self, module: Module) -> None:
@@ -262,8 +251,11 @@ class ModelParallelStrategy(ParallelStrategy):
             MisconfigurationException: if it was made from parameters that have been replaced, or mixes kinds that its
                 implementation does not.
         """
-        module_parameters = set(self.module.parameters()) if self.module is not None else set()
-        if module_parameters and not any(p in module_parameters for group in optimizer.param_groups for p in group["params"]):
+        known: set[Tensor] = set()
+        for module in self._divided:
+            self.reshard(module)
+            known.update(module.parameters())
+        if known and not any(parameter in known for group in optimizer.param_groups for parameter in group["params"]):
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} holds no parameter of the model as it is now: dividing it has replaced them. Make the "
                 "optimizer in `configure_optimizers`; with Fabric, after `setup_module`."
@@ -275,20 +267,32 @@ class ModelParallelStrategy(ParallelStrategy):
                     f"{type(optimizer).__name__}({chosen}=True) can't step divided parameters (DTensor) and plain ones in one group. Give "
                     "it two: [{'params': divided}, {'params': plain}], or divide all, such as by `fully_shard` on the whole model."
                 )
+        for root in filter(None, map(root_of, self._divided)):
+            self._handles += [optimizer.register_step_pre_hook(root.before_step), optimizer.register_step_post_hook(root.after_step)]
         return optimizer
 
     def bind(self, name: str) -> Callable[..., Any]:
-        """The step function ``name`` of the module, which in its first call compares the batches of those that need the same one."""
-        from torch.distributed.fsdp import FSDPModule
+        """The step function ``name`` of the module, which in its first call compares the batches of those that need the same one.
 
-        step = super().bind(name)
-        model: Any = self.model
-        if isinstance(model, FSDPModule):  # itself, so that the step has to gather the weights that it holds
-            root = root_of(model) or Root(self.model, WholeParameters(self.model, [], self.device_mesh))
-            step = root.through(step, manual=not getattr(self.module, "automatic_optimization", True))
-        elif name != "training_step":
-            step = _without_inference_mode(step)
+        Raises:
+            RuntimeError: if the module was built on the meta device, and some of its tensors never got a value.
+        """
+        if self._without_value:
+            raise RuntimeError(
+                f"The module was built on the meta device, and nothing gave values to {', '.join(map(repr, self._without_value[:8]))}. "
+                "Give the modules that hold them a method `reset_parameters` that does, or load a checkpoint."
+            )
+        assert self.module is not None
+        step = self.as_forward(self.module, getattr(self.module, name))
         return step if self.sizes()[1] == 1 else replicas.compares_first_batch(step, name, self.device_mesh[TENSOR].get_group())
+
+    def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, which computes with a module, as it runs in place of its forward pass: with the weights that it holds gathered."""
+        root = root_of(module)
+        if root is None:
+            return _without_inference_mode(method)
+        manual = method.__name__ == "training_step" and not getattr(module, "automatic_optimization", True)
+        return root.through(method, manual)
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
@@ -314,16 +318,6 @@ class ModelParallelStrategy(ParallelStrategy):
                 each.set_requires_gradient_sync(True, recurse=False)
             for _, averaged in held:
                 averaged.enabled = True
-
-    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
-        """Clip by the norm of all gradients, as if one process held them, or by value."""
-        if clip_val <= 0:
-            return
-        clips: dict[str, Callable[..., Any]] = {"norm": clip_norm_, "value": clip_value_}
-        if algorithm not in clips:
-            raise ValueError(f"gradient_clip_algorithm={algorithm!r} is not known. Accepted: 'norm', 'value'.")
-        self.precision.unscale_gradients(optimizer)
-        clips[algorithm](self.precision.main_params(optimizer), clip_val)
 
     def block_backward_sync(self) -> AbstractContextManager[Any]:
         """Another name of :meth:`no_backward_sync`, for manual optimization."""
@@ -352,7 +346,7 @@ class ModelParallelStrategy(ParallelStrategy):
 
     def pre_backward(self, tensor: Any) -> None:
         """In manual optimization: gather the weights that a backward pass over ``tensor`` needs."""
-        root = root_of(self.model)
+        root = root_of(self.module)
         if root is not None and root.manual:
             root.before_backward(tensor)
 
@@ -362,57 +356,30 @@ class ModelParallelStrategy(ParallelStrategy):
         """Reduce many values, each with those of the same name: each batch counts once, however many processes computed it together."""
         return super().reduce_named(values, self.device_mesh[DATA].get_group() if group is None else group)
 
-    # ---- state ------------------------------------------------------------------------------------------------------
+    def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_module_state_dict(module, state_dict, strict)
+        self._without_value = [name for name in self._without_value if name not in state_dict]
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights: divided as they are for a distributed checkpoint, else whole on rank 0; every process must call it."""
-        assert self.module is not None
-        state = self.module.state_dict()
-        return state if self._save_distributed_checkpoint else full_state(state)
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.module is not None
-        load_sharded_state_dict(self.module, checkpoint["state_dict"], strict)
+    def reshard(self, module: Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of an optimizer, divided or whole as the weights are; every process must call it."""
-        return optimizer.state_dict() if self._save_distributed_checkpoint else full_optimizer_state(optimizer)
-
-    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        load_optimizer_state(optimizer, state)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint, a directory or a file: all of it, or nothing; every process must call it.
-
-        Raises:
-            TypeError: for ``storage_options`` with a directory.
-        """
-        if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        if storage_options is not None:
-            raise TypeError(
-                f"storage_options={storage_options!r} is for files, and a distributed checkpoint is a directory that every process writes "
-                "to. Leave it out, or use ModelParallelStrategy(save_distributed_checkpoint=False)."
-            )
-        save_sharded_checkpoint(checkpoint, filepath)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of any strategy. Of a directory only what each process needs is read, when weights and states are loaded."""
-        if is_sharded_checkpoint(checkpoint_path):
-            return open_sharded(checkpoint_path, weights_only)  # type: ignore[no-any-return]
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def teardown(self) -> None:
-        """Free what belongs to a run. Divided weights and states stay on their devices, for the next one."""
+        """Bring what this process holds back to the host. The module stays divided, for a next run of the same processes."""
         for module in list(self._divided):
             self._forget(module)
-        kept = self.module, self.optimizers
-        self.module, self.optimizers = None, []
-        try:
-            super().teardown()
-        finally:
-            self.module, self.optimizers = kept
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        root = root_of(self.module)
+        if root is not None:
+            root.reset()
+        super().teardown()
 
 
 def _without_inference_mode(step: Callable[..., Any]) -> Callable[..., Any]:

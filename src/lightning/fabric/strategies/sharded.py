@@ -1,0 +1,123 @@
+"""What strategies share under which each process holds a part of the weights: clipping, states and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning.fabric import collectives
+from lightning.fabric.checkpoint import io, sharded
+from lightning.fabric.precision import Precision
+from lightning.fabric.strategies import sharding
+from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.utilities.cloud_io import local_path
+
+
+class ShardedStrategy(ParallelStrategy):
+    """Several processes, whose module has weights that are divided among them (DTensor), in whatever way.
+
+    Its checkpoints are one file or, if ``saves_directories``, directories to which each process writes its own part. Both are read under
+    every strategy and number of processes.
+    """
+
+    forward_is_collective = True
+    restore_checkpoint_after_setup = True
+    lightning_restore_optimizer = True
+    handles_gradient_accumulation = False
+    saves_directories = False
+    file_option = "state_dict_type='full'"  # what to pass for checkpoints of one file
+
+    # ---- stepping ---------------------------------------------------------------------------------------------------
+
+    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
+        """Clip the gradients of the optimizer's parameters, by the norm that all of them have together, or by value.
+
+        Raises:
+            ValueError: if the algorithm is another.
+        """
+        if clip_val <= 0:
+            return
+        if algorithm not in ("norm", "value"):
+            raise ValueError(f"gradient_clip_algorithm={algorithm!r} is not known. Accepted: 'norm', 'value'.")
+        own, by = type(self.precision), f"clip_grad_by_{algorithm}"
+        if own.clip_gradients is not Precision.clip_gradients or getattr(own, by) is not getattr(Precision, by):
+            self.precision.clip_gradients(optimizer, clip_val, algorithm)
+            return
+        self.precision.unscale_gradients(optimizer)
+        if algorithm == "norm":
+            sharding.clip_norm_(self.precision.main_params(optimizer), clip_val)
+        else:
+            sharding.clip_value_(self.precision.main_params(optimizer), clip_val)
+
+    def clip_gradients_norm(
+        self, module: Module, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
+    ) -> Tensor:
+        """Clip by norm, and return the norm that there was; see :func:`~lightning.fabric.strategies.sharding.clip_norm_`."""
+        self.precision.unscale_gradients(optimizer)
+        return sharding.clip_norm_(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
+
+    def clip_gradients_value(self, module: Module, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip by value."""
+        self.precision.unscale_gradients(optimizer)
+        sharding.clip_value_(self.precision.main_params(optimizer), clip_val)
+
+    def sync_buffers(self) -> None:
+        """Give every process the buffers of rank 0, which are those that a checkpoint holds."""
+        if self.module is not None:
+            collectives.broadcast_tensors(buffer for buffer in self.module.buffers() if not sharding.is_dtensor(buffer))
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def reshard(self, module: Module) -> None:
+        """Let go of weights that are gathered, so that the module has those that optimizers and checkpoints know."""
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        """The weights of a module, gathered on rank 0, or, for a directory, as they are divided; every process must call it."""
+        self.reshard(module)
+        state = module.state_dict()
+        return state if self.saves_directories else sharding.full_state(state)
+
+    def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        self.reshard(module)
+        sharding.load_sharded_state_dict(module, dict(state_dict) if not isinstance(state_dict, dict) else state_dict, strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer, gathered or divided as the weights are; every process must call it."""
+        state = optimizer.state_dict()
+        return state if self.saves_directories else sharding.full_state(state)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        sharding.load_optimizer_state(optimizer, state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint as one file, or as a directory: all of it, or nothing; every process must call it.
+
+        Raises:
+            TypeError: for storage options, or a checkpoint plugin, with directories.
+        """
+        if not self.saves_directories:
+            super().save_checkpoint(sharding.full_state(checkpoint), filepath, storage_options)
+            return
+        if storage_options is not None or type(self.checkpoint_io) is not io.TorchCheckpointIO:
+            given = f"storage_options={storage_options!r}" if storage_options is not None else type(self.checkpoint_io).__name__
+            raise TypeError(
+                f"{given} was given, and checkpoints that are directories are written by all processes, past it. Leave it out, or use "
+                f"{type(self).__name__}({self.file_option})."
+            )
+        sharding.save_sharded_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, of either form, such that a machine holds its weights once, however many processes it has.
+
+        In that of a directory, weights and optimizer states are left unread until they are loaded.
+        """
+        if type(self.checkpoint_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        if sharded.is_sharded_checkpoint(checkpoint_path):
+            return sharded.open_sharded(checkpoint_path, weights_only)  # type: ignore[no-any-return]
+        mapped = local_path(checkpoint_path) is not None
+        return io.load(checkpoint_path, io.keep_on_cpu, weights_only, mmap=mapped)

@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -25,7 +25,7 @@ from lightning.fabric.checkpoint.io import DamagedCheckpoint, PathLike
 from lightning.fabric.utilities.cloud_io import local_path
 
 META = "meta.pt"
-READ_FULLY_BELOW = ("state_dict", "optimizer_states")  # the entries in which the tensors of `open_sharded` may stay unread
+LEFT_UNREAD = ("state_dict", "optimizer_states")  # the entries of a run's checkpoint that are large
 
 
 def is_sharded_checkpoint(path: PathLike) -> bool:
@@ -155,12 +155,13 @@ def _placed(tensor: Tensor, map_location: Any) -> Tensor:
     return tensor.to(map_location) if isinstance(map_location, (str, torch.device)) and not tensor.is_meta else tensor
 
 
-def open_sharded(path: PathLike, weights_only: bool | None = None) -> Any:
-    """Read a sharded checkpoint without the tensors of its weights and optimizers, in whose places are stand-ins for :func:`fill`.
+def open_sharded(path: PathLike, weights_only: bool | None = None, left_unread: Iterable[str] = LEFT_UNREAD) -> dict[str, Any]:
+    """Read a sharded checkpoint but for the tensors of some entries, in whose places are stand-ins for :func:`fill`.
 
     Args:
         path: of the directory.
         weights_only: as for :func:`read_sharded`.
+        left_unread: the names of these entries.
     """
     checkpoint = io.load(os.path.join(os.fspath(path), META), io.keep_on_cpu, weights_only)
     folder = os.path.abspath(os.fspath(path))
@@ -170,11 +171,9 @@ def open_sharded(path: PathLike, weights_only: bool | None = None) -> Any:
             tensor.stored_in = folder  # type: ignore[attr-defined]
         return tensor
 
-    result = {}
-    for key, value in checkpoint.items():
-        noted = map_tensors(note, value)
-        result[key] = noted if key in READ_FULLY_BELOW else materialized(noted)
-    return result
+    unread = set(left_unread)
+    noted = map_tensors(note, checkpoint)
+    return {**noted, **materialized({key: value for key, value in noted.items() if key not in unread})}
 
 
 def materialized(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from lightning.fabric.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.fsdp import FSDPStrategy
     from lightning.fabric.strategies.parallel import ParallelStrategy
     from lightning.fabric.strategies.registry import StrategyRegistry
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 # Where the others are, imported when they are first asked for: a run on one device needs none of them.
 LATER = {
     "DDPStrategy": "lightning.fabric.strategies.ddp",
+    "FSDPStrategy": "lightning.fabric.strategies.fsdp",
     "ParallelStrategy": "lightning.fabric.strategies.parallel",
 }
 
-__all__ = ["STRATEGY_REGISTRY", "DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["STRATEGY_REGISTRY", "DDPStrategy", "FSDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 
 def __getattr__(name: str) -> Any:

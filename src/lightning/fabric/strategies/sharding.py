@@ -282,7 +282,7 @@ def on_rank_zero(action: Callable[..., Any], *args: Any) -> None:
         raise OSError(f"Rank 0 failed: {told}")
 
 
-def load_sharded_state_dict(module: Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+def load_sharded_state_dict(module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
     """Load weights of which some stand unread in a sharded checkpoint (:func:`~lightning.fabric.checkpoint.sharded.open_sharded`).
 
     Each process reads its parts of them, and no more.
@@ -308,7 +308,7 @@ def load_sharded_state_dict(module: Module, state_dict: dict[str, Any], strict: 
             room = torch.empty(value.shape, dtype=value.dtype)
         return folders.setdefault(value.stored_in, {}).setdefault(name, room)  # type: ignore[attr-defined]
 
-    complete = copy.copy(state_dict)  # with its attributes: the versions of the modules
+    complete: Any = copy.copy(state_dict)  # with its attributes: the versions of the modules
     complete.update({key: read(value, key) if isinstance(value, Tensor) else value for key, value in state_dict.items()})
     for folder, targets in folders.items():
         sharded.fill(folder, targets)

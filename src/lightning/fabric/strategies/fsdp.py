@@ -1,0 +1,484 @@
+"""FSDP2: weights, gradients and optimizer states are divided among the processes, and gathered a part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning.fabric import collectives
+from lightning.fabric.checkpoint import io, sharded
+from lightning.fabric.precision import Precision
+from lightning.fabric.strategies import fsdp_options, fsdp_units, sharding
+from lightning.fabric.strategies.fsdp_module import Plan, Root, WholeParameters, divide, root_of
+from lightning.fabric.strategies.meta_device import materialize
+from lightning.fabric.strategies.objects import restore
+from lightning.fabric.strategies.parallel import DEFAULT_LIMIT, DEFAULT_TIMEOUT, ParallelStrategy
+from lightning.fabric.utilities.cloud_io import local_path
+
+if TYPE_CHECKING:
+    from lightning.fabric.accelerators.accelerator import Accelerator
+    from lightning.fabric.checkpoint.io import CheckpointIO
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+
+STATE_DICT_TYPES = ("full", "sharded")
+
+
+class FSDPStrategy(ParallelStrategy):
+    """Train in several processes, each with a part of every weight and a part of the data (``torch.distributed.fsdp.fully_shard``).
+
+    The modules that ``auto_wrap_policy`` chooses are gathered one after the other, when their turn comes, so it should choose the
+    blocks that make up most of the model.
+
+    With ``precision="bf16-mixed"`` or ``"16-mixed"`` on GPUs, weights are gathered in the low precision, and operations choose theirs
+    as under autocast elsewhere. Parts that compute in float32 inside ``torch.autocast(enabled=False)`` then need weights of their own
+    precision: pass ``mixed_precision=MixedPrecisionPolicy()``, which gathers float32. To have all operations in the low precision, pass
+    ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)`` with ``precision=32``.
+
+    Args:
+        accelerator: the kind of device.
+        parallel_devices: the devices of this machine, one for each of its processes.
+        cluster_environment: knows the ranks, and where the processes meet.
+        checkpoint_io: writes and reads checkpoints that are one file.
+        precision_plugin: the numbers that the module computes with.
+        process_group_backend: which library carries collectives; None for what suits the devices.
+        timeout: how long a collective may take before it fails.
+        cpu_offload: keep weights, gradients and optimizer states on the host: True, a ``CPUOffload``, or a ``CPUOffloadPolicy``.
+        mixed_precision: a ``MixedPrecisionPolicy``, or a ``MixedPrecision`` of the first FSDP; None for what the precision asks for.
+        auto_wrap_policy: a set of classes of modules, or a policy of ``torch.distributed.fsdp.wrap``.
+        activation_checkpointing: another name of ``activation_checkpointing_policy``.
+        activation_checkpointing_policy: the modules whose activations are computed again in the backward pass: classes, or a policy.
+        sharding_strategy: ``"FULL_SHARD"``; ``"SHARD_GRAD_OP"``: weights stay gathered from the forward to the backward pass;
+            ``"HYBRID_SHARD"``: weights are divided within each machine (or as ``device_mesh`` says), and machines hold copies;
+            ``"_HYBRID_SHARD_ZERO2"``: both; ``"NO_SHARD"``: every process holds all weights.
+        state_dict_type: ``"full"`` writes checkpoints as one file, ``"sharded"`` as a directory to which each process writes its parts.
+            Either is read under every strategy and number of processes.
+        device_mesh: for the hybrid strategies: ``(copies, shards)``, or a DeviceMesh of these dimensions.
+        precision: another name of ``precision_plugin``.
+        watchdog_timeout: how long the processes may go without reaching the next batch before the run is ended; see
+            :class:`~lightning.fabric.strategies.parallel.ParallelStrategy`.
+        kwargs: of FSDP2: ``reshard_after_forward``, ``shard_placement_fn``, ``ignored_params``, ``reduce_scatter_unused_params``; of the
+            first FSDP: ``ignored_modules``, ``ignored_states``, ``forward_prefetch``, ``param_init_fn`` (initialises what a module on
+            the meta device owns), ``sync_module_states`` (whether all processes begin with the weights of rank 0; False: they do already).
+
+    Raises:
+        TypeError: for an argument that nobody knows.
+        ValueError: for what FSDP2 can't express, and for arguments that contradict each other.
+
+    Example::
+
+        Trainer(strategy=FSDPStrategy(auto_wrap_policy={Block}), devices=8, precision="bf16-true")
+    """
+
+    strategy_name = "fsdp"
+    forward_is_collective = True
+    restore_checkpoint_after_setup = True
+    lightning_restore_optimizer = True
+    handles_gradient_accumulation = False
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        cpu_offload: Any = None,
+        mixed_precision: Any = None,
+        auto_wrap_policy: Any = None,
+        activation_checkpointing: Any = None,
+        activation_checkpointing_policy: Any = None,
+        sharding_strategy: Any = "FULL_SHARD",
+        state_dict_type: Literal["full", "sharded"] = "full",
+        device_mesh: Any = None,
+        *,
+        precision: Precision | None = None,
+        watchdog_timeout: timedelta | None = DEFAULT_LIMIT,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision or precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            watchdog_timeout=watchdog_timeout,
+        )
+        if state_dict_type not in STATE_DICT_TYPES:
+            raise ValueError(f"state_dict_type={state_dict_type!r} is not known. Accepted: {', '.join(map(repr, STATE_DICT_TYPES))}.")
+        self.options = fsdp_options.read_options(
+            auto_wrap_policy,
+            activation_checkpointing,
+            activation_checkpointing_policy,
+            mixed_precision,
+            cpu_offload,
+            sharding_strategy,
+            device_mesh,
+            kwargs,
+        )
+        self.state_dict_type = state_dict_type
+        self.device_mesh: Any = None  # of the run, once the processes have met
+        self._roots: list[Root] = []
+        self._handles: list[Any] = []
+
+    # ---- what was asked for -----------------------------------------------------------------------------------------
+
+    @property
+    def sharding_strategy(self) -> str:
+        """What is divided: ``"FULL_SHARD"``, ``"SHARD_GRAD_OP"``, ``"HYBRID_SHARD"``, ``"_HYBRID_SHARD_ZERO2"`` or ``"NO_SHARD"``."""
+        return self.options.sharding_strategy
+
+    @property
+    def mixed_precision_config(self) -> Any:
+        """The MixedPrecisionPolicy of all units."""
+        return fsdp_options.mixed_precision_policy(self.options, self.precision.policy, self.root_device)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether what is divided is kept in the memory of the host."""
+        return hasattr(fsdp_options.offload_policy(self.options, self.root_device), "pin_memory")
+
+    # ---- setting up -------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._build_mesh()
+
+    def _build_mesh(self) -> Any:
+        if self.device_mesh is None:
+            self.device_mesh = fsdp_options.build_mesh(self.options, self.root_device, self.world_size, self.num_nodes)
+        return self.device_mesh
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """A context to build a module in: in the precision of the run, and on the host, from where each process takes its part.
+
+        Args:
+            empty_init: build it on the ``meta`` device, without memory: for a model larger than a device's, or the host's. It gets its
+                weights when it is divided, from the ``reset_parameters`` of each layer, and from the checkpoint, if one is loaded.
+        """
+        with torch.device("meta" if empty_init else "cpu"), self.precision.module_init_context():
+            yield
+
+    def setup_module(self, module: Module, training: bool = True) -> Module:
+        """Return the module, its weights divided in place: those that all processes begin with are rank 0's.
+
+        A module that is divided already, by an earlier run or by ``fully_shard`` in ``configure_model``, stays so.
+
+        Args:
+            module: the user's, on any device, the ``meta`` device too.
+            training: whether it will be trained, rather than only evaluated.
+
+        Raises:
+            ValueError: if the policy chooses no module, or weights that can't be gathered together.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        self._build_mesh()
+        root = root_of(module)
+        if root is not None:
+            self.module_to_device(module)
+            self._roots.append(root)
+            return module
+        divided = any(isinstance(part, FSDPModule) for part in module.modules())
+        if not divided:
+            module = self.precision.convert_module(module)
+            module = self._synchronize_layers(module)
+        if not any(True for _ in module.parameters()):
+            self.module_to_device(module)
+            return module
+        self._checkpoint_activations(module)
+        plan = self._plan(module, divided)
+        divide(module, plan)
+        without_value = materialize(module, self.root_device, self.offloads, self.options.extra.get("param_init_fn"))
+        try:
+            root = Root(module, WholeParameters(module, plan.whole, self.device_mesh))
+        except AssertionError as error:
+            raise ValueError(fsdp_units.explain(module, error)) from error
+        root.without_value = without_value
+        self._prepare(root)
+        scaler = getattr(self.precision, "grad_scaler", None) if self.precision.policy.scaler else None
+        if scaler is not None:
+            sharding.make_scaler_agree(scaler)
+        return module
+
+    def module_to_device(self, module: Module) -> None:
+        """Move the module to the device of this process; weights that are kept on the host stay there."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor if self.offloads and sharding.is_dtensor(tensor) else tensor.to(self.root_device)
+
+        module._apply(move)
+
+    def _synchronize_layers(self, module: Module) -> Module:
+        if self.layer_sync is None:
+            return module
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):  # what takes its place depends on the device that it is on
+                if any(tensor.is_meta for tensor in layer.parameters()):
+                    layer.to_empty(device=self.root_device)
+                    layer.reset_parameters()
+                layer.to(self.root_device)
+        return self.layer_sync.apply(module)
+
+    def _checkpoint_activations(self, module: Module) -> None:
+        """Compute activations again in backward, inside of what gathers weights, so that they are there for it."""
+        policy = self.options.checkpoint_policy
+        for part in [] if policy is None else fsdp_options.selected(policy, module):
+            if not isinstance(vars(part).get("forward"), partial):
+                vars(part)["forward"] = partial(_checkpointed, part.forward)
+
+    def _plan(self, module: Module, divided: bool) -> Plan:
+        options = self.options
+        policy = self.mixed_precision_config
+        ignored = fsdp_options.ignored_parameters(options, module)
+        whole = (
+            []
+            if divided
+            else [
+                (part, name) for part, name in fsdp_units.undividable(module, policy.param_dtype) if part._parameters[name] not in ignored
+            ]
+        )
+        arguments = {
+            "mesh": fsdp_units.mesh_of(module) or self.device_mesh,
+            "mp_policy": policy,
+            "offload_policy": fsdp_options.offload_policy(options, self.root_device),
+            "reshard_after_forward": options.reshard_after_forward,
+            "shard_placement_fn": options.extra.get("shard_placement_fn"),
+        }
+        units = fsdp_units.choose_units(module, options.wrap_policy, divided, ignored)
+        return Plan(arguments, self.root_device, units, ignored, whole, options.extra.get("sync_module_states", True))
+
+    def _prepare(self, root: Root) -> None:
+        extra = self.options.extra
+        if extra.get("reduce_scatter_unused_params"):
+            root.module.set_reduce_scatter_unused_params(True)
+        if extra.get("forward_prefetch"):
+            for unit, following in zip(root.units, root.units[1:]):
+                unit.set_modules_to_forward_prefetch([following])
+        dtype = getattr(self.options.mixed_precision, "buffer_dtype", None)
+        for name, buffer in root.module.named_buffers():
+            if dtype is not None and buffer.is_floating_point() and buffer.dtype != dtype:
+                root.buffer_dtypes[name] = buffer.dtype
+                buffer.data = buffer.data.to(dtype)
+        self._roots.append(root)
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer, which from now on finds no gathered weights when it steps.
+
+        Raises:
+            ValueError: if it holds parameters that the module had before it was divided.
+        """
+        parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        mine = []
+        for root in self._roots:
+            root.reshard()
+            if not parameters.isdisjoint(root.module.parameters()):
+                mine.append(root)
+        if self._roots and not mine:
+            raise ValueError(
+                f"The {type(optimizer).__name__} holds none of the module's parameters: they became others when the module was divided. "
+                "Create optimizers in `configure_optimizers`, or after the module was set up."
+            )
+        for root in mine:
+            self._handles += [optimizer.register_step_pre_hook(root.before_step), optimizer.register_step_post_hook(root.after_step)]
+        return optimizer
+
+    def bind(self, name: str) -> Callable[..., Any]:
+        """The function ``name`` of the module, to be called as it runs with gathered weights.
+
+        Raises:
+            RuntimeError: if the module was built on the meta device, and some of its tensors never got a value.
+        """
+        assert self.module is not None
+        step: Callable[..., Any] = getattr(self.module, name)
+        manual = name == "training_step" and not getattr(self.module, "automatic_optimization", True)
+        return self._entering(self.module, step, manual)
+
+    def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, which computes with a module that was set up, as it runs with gathered weights."""
+        return self._entering(module, method)
+
+    def _entering(self, module: Module, function: Callable[..., Any], manual: bool = False) -> Callable[..., Any]:
+        root = root_of(module)
+        if root is None:
+            return function
+        if root.without_value:
+            raise RuntimeError(
+                f"The module was built on the meta device, and nothing gave values to {', '.join(map(repr, root.without_value[:8]))}. Give "
+                "the modules that hold them a method `reset_parameters` that does, pass FSDPStrategy(param_init_fn=...), or load a checkpoint."
+            )
+        return root.through(function, manual)
+
+    # ---- stepping ---------------------------------------------------------------------------------------------------
+
+    def pre_backward(self, tensor: Any) -> None:
+        """In manual optimization: let gradients be reduced in the backward pass over ``tensor``."""
+        root = root_of(self.module)
+        if root is not None and root.manual:
+            root.before_backward(tensor)
+
+    def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
+        """A context in which backward keeps gradients local, and whole, until the last batch of an accumulation window.
+
+        Args:
+            module: as :meth:`setup_module` returned it; None for the strategy's own.
+        """
+        root = root_of(self.module if module is None else module)
+        return nullcontext() if root is None else _WithoutSync(root)
+
+    def block_backward_sync(self) -> AbstractContextManager[Any]:
+        """Another name of :meth:`no_backward_sync`, for manual optimization."""
+        return self.no_backward_sync()
+
+    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
+        """Clip the gradients of the optimizer's parameters, by the norm that all of them have together, or by value.
+
+        Raises:
+            ValueError: if the algorithm is another.
+        """
+        if clip_val <= 0:
+            return
+        if algorithm not in ("norm", "value"):
+            raise ValueError(f"gradient_clip_algorithm={algorithm!r} is not known. Accepted: 'norm', 'value'.")
+        precision = self.precision
+        own = type(precision)
+        if own.clip_gradients is not Precision.clip_gradients or getattr(own, f"clip_grad_by_{algorithm}") is not getattr(
+            Precision, f"clip_grad_by_{algorithm}"
+        ):
+            precision.clip_gradients(optimizer, clip_val, algorithm)
+            return
+        precision.unscale_gradients(optimizer)
+        if algorithm == "norm":
+            sharding.clip_norm_(precision.main_params(optimizer), clip_val)
+        else:
+            sharding.clip_value_(precision.main_params(optimizer), clip_val)
+
+    def clip_gradients_norm(
+        self, module: Module, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
+    ) -> Tensor:
+        self.precision.unscale_gradients(optimizer)
+        return sharding.clip_norm_(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
+
+    def sync_buffers(self) -> None:
+        """Give every process the buffers of rank 0, which are those that a checkpoint holds."""
+        if self.module is not None:
+            collectives.broadcast_tensors(buffer for buffer in self.module.buffers() if not sharding.is_dtensor(buffer))
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        """The weights of a module, gathered on rank 0, or, for a sharded checkpoint, as they are divided; every process must call it."""
+        root = root_of(module)
+        if root is not None:
+            root.reshard()
+        state = module.state_dict()
+        for name, dtype in {} if root is None else root.buffer_dtypes.items():
+            if name in state:
+                state[name] = state[name].to(dtype)
+        return state if self.state_dict_type == "sharded" else sharding.full_state(state)
+
+    def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        root = root_of(module)
+        if root is not None:
+            root.reshard()
+        sharding.load_sharded_state_dict(module, state_dict, strict)
+        if root is not None:
+            root.without_value = [name for name in root.without_value if name not in state_dict]
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = optimizer.state_dict()
+        return state if self.state_dict_type == "sharded" else sharding.full_state(state)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        sharding.load_optimizer_state(optimizer, state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint as one file, or as a directory: all of it, or nothing.
+
+        Raises:
+            TypeError: for storage options, or a checkpoint plugin, with sharded checkpoints.
+        """
+        if self.state_dict_type == "full":
+            super().save_checkpoint(sharding.full_state(checkpoint), filepath, storage_options)
+            return
+        if storage_options is not None or type(self.checkpoint_io) is not io.TorchCheckpointIO:
+            given = f"storage_options={storage_options!r}" if storage_options is not None else type(self.checkpoint_io).__name__
+            raise TypeError(
+                f"{given} was given, and sharded checkpoints are written by all processes, past it. Leave it out, or use "
+                "FSDPStrategy(state_dict_type='full')."
+            )
+        sharding.save_sharded_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, of either form, such that a machine holds its weights once, however many processes it has.
+
+        In that of a directory, weights and optimizer states are left unread until they are loaded.
+        """
+        return self._read(checkpoint_path, weights_only, sharded.LEFT_UNREAD)
+
+    def _read(self, path: Any, weights_only: bool | None, left_unread: Iterable[str]) -> dict[str, Any]:
+        if type(self.checkpoint_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
+            return super().load_checkpoint(path, weights_only)
+        if sharded.is_sharded_checkpoint(path):
+            return sharded.open_sharded(path, weights_only, left_unread)
+        mapped = local_path(path) is not None
+        return io.load(path, io.keep_on_cpu, weights_only, mmap=mapped)  # type: ignore[no-any-return]
+
+    def load_state(
+        self, path: Any, state: MutableMapping[str, Any] | None = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        given = state or {}
+        checkpoint = self._read(path, weights_only, [name for name, value in given.items() if isinstance(value, (Module, Optimizer))])
+        return restore(self, checkpoint, given, strict) if given else checkpoint
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """Bring what this process holds back to the host. The module stays divided, for a next run of the same processes."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for root in self._roots:
+            root.reset()
+        self._roots.clear()
+        self.model = self.module
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Enter the names of this strategy into a registry."""
+        strategy_registry.register("fsdp", cls, description="FSDP2: weights, gradients and optimizer states divided among processes")
+        strategy_registry.register("fsdp_cpu_offload", cls, description="the same, kept in the memory of the host", cpu_offload=True)
+
+
+class _WithoutSync:
+    """A context that costs no more than setting a few attributes."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+
+    def __enter__(self) -> None:
+        self.root.set_gradient_sync(False)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.root.set_gradient_sync(True)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

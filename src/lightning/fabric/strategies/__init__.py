@@ -9,6 +9,7 @@ from lightning.fabric.strategies.strategy import Strategy
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy
     from lightning.fabric.strategies.fsdp import FSDPStrategy
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
     from lightning.fabric.strategies.parallel import ParallelStrategy
     from lightning.fabric.strategies.registry import StrategyRegistry
 
@@ -18,10 +19,19 @@ if TYPE_CHECKING:
 LATER = {
     "DDPStrategy": "lightning.fabric.strategies.ddp",
     "FSDPStrategy": "lightning.fabric.strategies.fsdp",
+    "ModelParallelStrategy": "lightning.fabric.strategies.model_parallel",
     "ParallelStrategy": "lightning.fabric.strategies.parallel",
 }
 
-__all__ = ["STRATEGY_REGISTRY", "DDPStrategy", "FSDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = [
+    "STRATEGY_REGISTRY",
+    "DDPStrategy",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,6 +118,6 @@ class ShardedStrategy(ParallelStrategy):
         if type(self.checkpoint_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
             return super().load_checkpoint(checkpoint_path, weights_only)
         if sharded.is_sharded_checkpoint(checkpoint_path):
-            return sharded.open_sharded(checkpoint_path, weights_only)  # type: ignore[no-any-return]
+            return sharded.open_sharded(checkpoint_path, weights_only)
         mapped = local_path(checkpoint_path) is not None
-        return io.load(checkpoint_path, io.keep_on_cpu, weights_only, mmap=mapped)
+        return io.load(checkpoint_path, io.keep_on_cpu, weights_only, mmap=mapped)  # type: ignore[no-any-return]

@@ -318,8 +318,8 @@ class FSDPStrategy(ParallelStrategy):
             return function
         if root.without_value:
             raise RuntimeError(
-                f"The module was built on the meta device, and nothing gave values to {', '.join(map(repr, root.without_value[:8]))}. Give "
-                "the modules that hold them a method `reset_parameters` that does, pass FSDPStrategy(param_init_fn=...), or load a checkpoint."
+                f"The module was built on the meta device, and nothing gave values to {', '.join(map(repr, root.without_value[:8]))}. "
+                "Give the modules that hold them a method `reset_parameters`, pass FSDPStrategy(param_init_fn=...), or load a checkpoint."
             )
         return root.through(function, manual)
 

@@ -8,6 +8,7 @@ from lightning.fabric.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
     from lightning.fabric.strategies.fsdp import FSDPStrategy
     from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
     from lightning.fabric.strategies.parallel import ParallelStrategy
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Where the others are, imported when they are first asked for: a run on one device needs none of them.
 LATER = {
     "DDPStrategy": "lightning.fabric.strategies.ddp",
+    "DeepSpeedStrategy": "lightning.fabric.strategies.deepspeed",
     "FSDPStrategy": "lightning.fabric.strategies.fsdp",
     "ModelParallelStrategy": "lightning.fabric.strategies.model_parallel",
     "ParallelStrategy": "lightning.fabric.strategies.parallel",
@@ -26,6 +28,7 @@ LATER = {
 __all__ = [
     "STRATEGY_REGISTRY",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "ParallelStrategy",

@@ -1,0 +1,269 @@
+"""DeepSpeed's sharded checkpoints: a directory, to which each process writes its part of weights and optimizer.
+
+In the directory stand the file ``latest``, which names a folder, and that folder: in it one file of model states for each
+process (with ZeRO 3; else a single one, with whole weights), which also holds everything that is not DeepSpeed's, and one file
+of optimizer states for each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io as streams
+import os
+import pickle
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning.fabric.checkpoint import io
+from lightning.fabric.checkpoint.format import encode
+from lightning.fabric.strategies.deepspeed_config import zero_stage
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.cloud_io import local_path
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+TAG = "checkpoint"
+LATEST = "latest"
+MODEL_STATES, OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
+
+# What DeepSpeed writes into the file of model states; the rest is ours.
+OF_DEEPSPEED = frozenset(
+    (
+        *("module", "buffer_names", "param_shapes", "shared_params", "frozen_param_shapes", "frozen_param_fragments"),
+        *("optimizer", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps", "global_samples"),
+        *("dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "universal_checkpoint_info", "num_experts"),
+        *("ds_config", "ds_version"),
+    )
+)
+# Classes that DeepSpeed pickles into its files, none of which does anything but hold what it is given.
+HARMLESS = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that DeepSpeed has written.
+
+    Args:
+        path: of the directory.
+        tag: the name of the folder in it.
+        facts: what DeepSpeed says of the run that wrote it.
+        rest: everything in it but weights and states of optimizers.
+    """
+
+    path: str
+    tag: str
+    facts: dict[str, Any] = field(repr=False)
+    rest: dict[str, Any] = field(repr=False)
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.path, self.tag)
+
+    @property
+    def stage(self) -> int:
+        """The stage of ZeRO of the run that wrote it."""
+        return zero_stage(self.facts.get("ds_config") or {})
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that wrote it."""
+        return int(self.facts["dp_world_size"])
+
+    def check_fits(self, processes: int, stage: int, optimizer: str) -> None:
+        """Make sure that each process of a run finds its part in it.
+
+        Args:
+            processes: of the run.
+            stage: of ZeRO.
+            optimizer: the name of its class.
+
+        Raises:
+            MisconfigurationException: if the run is unlike the one that wrote it.
+        """
+        optimizers = (self.rest.get("keraunos") or {}).get("optimizers") or [optimizer]
+        for what, theirs, ours in (
+            ("number of processes", self.processes, processes),
+            ("stage of ZeRO", self.stage, stage),
+            ("optimizer", optimizers[0], optimizer),
+        ):
+            if theirs != ours:
+                raise MisconfigurationException(
+                    f"The DeepSpeed checkpoint {self.path!r} was saved by a run whose {what} was {theirs}, and here it is {ours}: "
+                    "its parts are for a run like that one. To go on with its weights alone, make one file of them with "
+                    "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict, and load that."
+                )
+
+
+def is_deepspeed_checkpoint(path: io.PathLike) -> bool:
+    """Whether a path is that of a directory that DeepSpeed has written, and has written to its end."""
+    local = local_path(path)
+    return local is not None and os.path.isfile(os.path.join(local, LATEST))
+
+
+def open_checkpoint(path: io.PathLike, tag: str | None = None, weights_only: bool | None = None) -> SavedCheckpoint:
+    """Read what a directory holds beside weights and optimizers.
+
+    Args:
+        path: of the directory.
+        tag: the name of the folder in it; None for the latest.
+        weights_only: False unpickles anything; for checkpoints from a source you trust.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no file of model states in it.
+    """
+    folder = tag_folder(path, tag)
+    content = io.load(model_file(folder), io.keep_on_cpu, weights_only, mmap=True)
+    facts = {name: content.get(name) for name in ("ds_config", "dp_world_size", "global_steps")}
+    rest = {name: value for name, value in content.items() if name not in OF_DEEPSPEED}
+    # Copied out of the file, which may be replaced or removed while they are in use.
+    rest = apply_to_collection(rest, Tensor, Tensor.clone)
+    return SavedCheckpoint(os.path.dirname(folder), os.path.basename(folder), facts, rest)
+
+
+def tag_folder(path: io.PathLike, tag: str | None = None) -> str:
+    """The folder in a checkpoint directory that holds the files.
+
+    Args:
+        path: of the directory.
+        tag: the name of the folder; None for the one that the file ``latest`` names.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    directory = os.path.abspath(local_path(path) or os.fspath(path))
+    if tag is None:
+        try:
+            with open(os.path.join(directory, LATEST)) as file:
+                tag = file.read().strip()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{directory!r} is no DeepSpeed checkpoint, or one that was not saved to its end: it has no file {LATEST!r}. "
+                "Give the directory that the checkpoint was saved as, or the name of a folder in it as the tag."
+            ) from None
+    folder = os.path.join(directory, tag)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"The DeepSpeed checkpoint {directory!r} has no folder {tag!r}. Was it copied completely?")
+    return folder
+
+
+def model_file(folder: str) -> str:
+    """The file of model states of the first process.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):
+        file = os.path.join(folder, name + MODEL_STATES)
+        if os.path.isfile(file):
+            return file
+    raise FileNotFoundError(f"The DeepSpeed checkpoint {folder!r} has no file of model states. Was it copied completely?")
+
+
+def suspicious(folder: str, share: Callable[[list[str]], Iterable[str]] = iter) -> str | None:
+    """A class or function in a checkpoint that unpickling it would call, and that is neither torch's nor DeepSpeed's; None if none is.
+
+    Args:
+        folder: with the files.
+        share: picks those that this process looks through.
+    """
+    files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
+    for name in share(files):
+        for found in torch.serialization.get_unsafe_globals_in_checkpoint(os.path.join(folder, name)):
+            if found not in HARMLESS:
+                return f"{found} in {name}"
+    return None
+
+
+def refuse(folder: str, found: str | None) -> None:
+    """Stop before anything suspicious is unpickled.
+
+    Raises:
+        pickle.UnpicklingError: if there is something.
+    """
+    if found is not None:
+        raise pickle.UnpicklingError(
+            f"The DeepSpeed checkpoint {folder!r} holds {found}: unpickling it could run any code. "
+            "If you trust the source of the files, pass weights_only=False."
+        )
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(engine: Any, path: str, rest: Mapping[str, Any], exclude_frozen_parameters: bool, strategy: Any) -> None:
+    """Save engine and ``rest`` as a directory: whole, or not at all. All processes must call it.
+
+    Args:
+        engine: DeepSpeed's.
+        path: where to; what is there now is replaced.
+        rest: everything but weights and optimizers.
+        exclude_frozen_parameters: leave out weights that are not trained.
+        strategy: lets the processes talk to each other.
+    """
+    content = encode(dict(rest))
+    target = os.path.abspath(path)
+    if engine.checkpoint_engine.is_decoupled():  # it goes on writing when this function is done
+        engine.save_checkpoint(target, tag=TAG, client_state=content, exclude_frozen_parameters=exclude_frozen_parameters)
+        return
+    token = strategy.broadcast(secrets.token_hex(8))
+    temporary = os.path.join(os.path.dirname(target), f".{token}.partial")
+    engine.save_checkpoint(temporary, tag=TAG, client_state=content, exclude_frozen_parameters=exclude_frozen_parameters)
+    if strategy.local_rank == 0 if engine.use_node_local_storage() else strategy.is_global_zero:
+        flush(temporary)
+        io.replace(temporary, target)
+    strategy.barrier("save_checkpoint")
+
+
+def flush(directory: str) -> None:
+    """Bring what was written to a directory onto the disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        io.sync_folder(folder)
+
+
+# ---- whole weights ----------------------------------------------------------------------------------------------------
+
+
+def whole_weights(saved: SavedCheckpoint) -> dict[str, Any]:
+    """All weights of a checkpoint in float32, and the buffers, put together from what the processes have written.
+
+    Each value is a tensor, or something whose ``contiguous()`` reads one: together they may be more than memory holds.
+    """
+    content = io.load(model_file(saved.folder), io.keep_on_cpu, False, mmap=True)
+    weights: dict[str, Any] = {}
+    if any(name.endswith(OPTIMIZER_STATES) for name in os.listdir(saved.folder)):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(streams.StringIO()):
+            weights.update(get_fp32_state_dict_from_zero_checkpoint(saved.path, saved.tag, lazy_mode=True))
+    if saved.stage < 3:  # then weights that are not trained stand here, and without ZeRO all do
+        weights = {**{name: value for name, value in content["module"].items() if name not in weights}, **weights}
+    return {name.removeprefix("module."): value for name, value in weights.items()} if _is_wrapped(saved) else weights
+
+
+def _is_wrapped(saved: SavedCheckpoint) -> bool:
+    """Whether the module was saved inside of another one, as Lightning did before 2.1."""
+    from packaging.version import Version
+
+    return Version(str(saved.rest.get("pytorch-lightning_version", "2.6"))) < Version("2.1")
+
+
+def materialized(value: Any) -> Any:
+    """The tensor that a value of :func:`whole_weights` stands for."""
+    return value.contiguous() if hasattr(value, "contiguous") else value

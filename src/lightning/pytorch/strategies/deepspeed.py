@@ -1,0 +1,5 @@
+"""The documented import path of DeepSpeedStrategy."""
+
+from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
+
+__all__ = ["DeepSpeedStrategy"]

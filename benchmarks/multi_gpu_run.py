@@ -113,7 +113,7 @@ def by_hand(args: Any, size: Any) -> None:
     sampler: Any = DistributedSampler(data, world, rank, shuffle=True)
     loader = DataLoader(data, args.batch, sampler=sampler, pin_memory=device.type == "cuda")
     watch = Stopwatch(device, args.warm_up, args.blocks, args.steps)
-    autocasts = args.precision == "bf16-mixed" and args.engine == "ddp"  # under FSDP2 its own policy casts
+    autocasts = args.precision == "bf16-mixed"
     parameters = list(model.parameters())
     model.train()
     for index, tokens in enumerate(loader):
@@ -138,10 +138,9 @@ def distributed(model: nn.Module, device: torch.device, args: Any) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: Any = {"mesh": init_device_mesh(device.type, (args.devices,))}
-    if args.precision == "bf16-mixed":
-        options["mp_policy"] = half
+    if args.precision == "bf16-mixed" and device.type == "cuda":  # weights travel in what autocast would convert them to
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, **options)  # type: ignore[arg-type]
     return fully_shard(model, **options)

@@ -313,7 +313,7 @@ class Metrics:
         """
         due = self.every and stepped % self.every == 0
         if due and self.strategy is not None and self.strategy.world_size > 1:
-            reduce_steps(self.entries or {}, self.strategy)
+            reduce_steps(self.entries if self.entries is not None else {}, self.strategy, self.module, self.serial)
         if due or (stopping and self.every):
             self.send_step_values(step)
         self._deliver(wait=False)

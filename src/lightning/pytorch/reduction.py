@@ -6,7 +6,6 @@ batch of an evaluation, counts nothing, and learns the value of the others.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,64 +21,73 @@ if TYPE_CHECKING:
 
 Entries = dict[tuple[Any, str, Any], Entry]
 
-GROUP = 7  # the place of `sync_dist_group` among the arguments of `log`
-
 
 def reduce_epoch(entries: Entries, strategy: Strategy, module: Any) -> None:
     """Reduce the epoch values that have not been reduced yet; every process must call it, also with none.
 
-    Afterwards each entry holds the total of all processes: a mean is the mean over all samples, wherever they were.
+    Afterwards each entry holds the total of all processes: a mean is the mean over all samples, wherever they were. Metrics
+    reduce themselves when they are computed, which happens here, in the same order everywhere.
 
     Raises:
         MisconfigurationException: in every process, if they log a name in different ways.
     """
-    shared = {key: entry for key, entry in entries.items() if entry.options.sync_dist and _is_open(entry)}
-    _complete(entries, shared, strategy, module)
-    totals: dict[Any, dict[str, tuple[Tensor, str]]] = {None: {}}
-    plain = [(repr(key), entry) for key, entry in shared.items() if entry.source is None]
-    for name, entry in plain:
-        values = totals.setdefault(entry.options.sync_dist_group, {})
-        reduction = entry.options.reduction
-        values[name] = (_total(entry, strategy.root_device), "sum" if reduction == "mean" else reduction)
-        values[f"{name} weight"] = (
-            torch.tensor(float(entry.weight), dtype=_wide(strategy.root_device), device=strategy.root_device),
-            "sum",
-        )
-    for group, values in totals.items():
+    open_ones = {key: entry for key, entry in entries.items() if entry.has_epoch_value and not entry.synced}
+    shared = {key: entry for key, entry in open_ones.items() if entry.source is not None or entry.options.sync_dist}
+    groups: dict[Any, Entries] = {entry.options.sync_dist_group: {} for entry in shared.values()}
+    groups[None] = _all_of({k: e for k, e in shared.items() if e.options.sync_dist_group is None}, entries, strategy, module)
+    for group, members in groups.items():
+        if group is not None:
+            members.update((key, entry) for key, entry in shared.items() if entry.options.sync_dist_group is group)
+        values: dict[str, tuple[Tensor, str]] = {}
+        for key, entry in members.items():
+            if entry.source is not None:
+                entry.source.compute()  # kept by the Metric until its next update
+                entry.synced = True
+                continue
+            reduction, device = entry.options.reduction, strategy.root_device
+            values[repr(key)] = (_total(entry, device), "sum" if reduction == "mean" else reduction)
+            values[f"{key!r} weight"] = (_number(float(entry.weight), device), "sum")
         reduced = strategy.reduce_named(values, group) if values else {}
-        for name, entry in plain:
-            if name in reduced:
-                entry.total, entry.host_total, entry.weight = reduced[name], None, float(reduced[f"{name} weight"])
+        for key, entry in members.items():
+            if entry.source is None:
+                entry.total, entry.host_total, entry.weight = reduced[repr(key)], None, float(reduced[f"{key!r} weight"])
                 entry.dtype = entry.dtype or torch.get_default_dtype()
                 entry.synced = True
 
 
-def reduce_steps(entries: Entries, strategy: Strategy) -> None:
+def reduce_steps(entries: Entries, strategy: Strategy, module: Any, serial: int) -> None:
     """Reduce the values of the current training step; every process must call it, also with none.
 
     A mean is that over the processes that logged the name in this step.
+
+    Args:
+        entries: of the training loop.
+        strategy: knows the processes.
+        module: the user's.
+        serial: the batch of the step.
+
+    Raises:
+        MisconfigurationException: in every process, if they log a name in different ways.
     """
-    shared = {
-        repr(key): entry
+    logged = {
+        key: entry
         for key, entry in entries.items()
-        if entry.options.sync_dist and entry.on_step and entry.scope in BATCH_TRAIN and entry.value is not None and entry.source is None
-    }
-    ops = {name: entry.options.reduction for name, entry in shared.items()}
-    others = strategy.compare(ops)
-    for kinds in others or ():
-        _refuse_difference(ops, kinds)
-        ops = {**ops, **kinds}
+        if entry.serial == serial and entry.options.sync_dist and entry.on_step and entry.scope in BATCH_TRAIN
+        and entry.value is not None and entry.source is None and entry.options.sync_dist_group is None
+    }  # fmt: skip
     device = strategy.root_device
     values: dict[str, tuple[Tensor, str]] = {}
-    for name, op in ops.items():
-        here = shared.get(name)
-        value = _neutral(op) if here is None else here.value
-        values[name] = (torch.as_tensor(value, dtype=_wide(device), device=device).detach(), "sum" if op == "mean" else op)
-        values[f"{name} count"] = (_number(float(here is not None), device), "sum")
+    members = _all_of(logged, entries, strategy, module)
+    for key, entry in members.items():
+        op = entry.options.reduction
+        value = entry.value if key in logged else _neutral(op)
+        values[repr(key)] = (torch.as_tensor(value, dtype=_wide(device), device=device).detach(), "sum" if op == "mean" else op)
+        values[f"{key!r} count"] = (_number(float(key in logged), device), "sum")
     reduced = strategy.reduce_named(values) if values else {}
-    for name, entry in shared.items():
-        value = reduced[name] / reduced[f"{name} count"] if ops[name] == "mean" else reduced[name]
-        entry.value = value.to(entry.value.dtype) if isinstance(entry.value, Tensor) else value
+    for key, entry in members.items():
+        mean = entry.options.reduction == "mean"
+        value = reduced[repr(key)] / reduced[f"{key!r} count"] if mean else reduced[repr(key)]
+        entry.value = value.to(entry.value.dtype if isinstance(entry.value, Tensor) else torch.get_default_dtype())
         entry.merged = False
 
 
@@ -97,10 +105,6 @@ def warn_of_local_values(entries: Entries) -> None:
             "and the value shown is that of rank 0. Use `self.log(..., sync_dist=True)` for the value of all data.",
             category=PossibleUserWarning,
         )
-
-
-def _is_open(entry: Entry) -> bool:
-    return entry.has_epoch_value and not entry.synced
 
 
 def _total(entry: Entry, device: torch.device) -> Tensor:
@@ -127,44 +131,37 @@ def _neutral(reduction: str) -> float:
     return {"max": -float("inf"), "min": float("inf")}.get(reduction, 0.0)
 
 
-def _complete(entries: Entries, shared: Entries, strategy: Strategy, module: Any) -> None:
-    """Add empty entries for what only other processes have logged, so that all hold the same names in the same order."""
-    known = {
-        key: (entry.options.reduction, _portable(entry), _attribute(module, entry.source))
-        for key, entry in entries.items()
-        if _is_open(entry) and (entry.options.sync_dist or entry.source is not None)
-    }
-    others = strategy.compare({repr(key): op for key, (op, _, _) in known.items()}, known)
-    for theirs in others or ():
-        _refuse_difference({key: op for key, (op, _, _) in known.items()}, {key: op for key, (op, _, _) in theirs.items()})
-        for key, (_, (given, options), attribute) in theirs.items():
-            if key in known:
-                continue
-            entry = entries.get(key) or Entry(key[1], key[0], key[2], given, options)
-            entries[key] = entry
-            if attribute is not None:
-                entry.source, entry.weight = module.get_submodule(attribute), 1
-                continue
-            if options.sync_dist:
-                shared[key] = entry
-    ordered = sorted(shared, key=repr)
-    for key in ordered:
-        shared[key] = shared.pop(key)
+def _all_of(mine: Entries, entries: Entries, strategy: Strategy, module: Any) -> Entries:
+    """The entries of all keys that any process holds, in the same order everywhere; those that this one lacks are added, empty.
 
-
-def _portable(entry: Entry) -> tuple[Any, Any]:
-    """Arguments and options without the process group, which can't be sent."""
-    given = (*entry.given[:GROUP], None, *entry.given[GROUP + 1 :])
-    return given, replace(entry.options, sync_dist_group=None)
+    Raises:
+        MisconfigurationException: in every process, if two of them reduce a name in different ways.
+    """
+    specs = {key: (entry.options.reduction, entry.given, entry.options, _attribute(module, entry.source)) for key, entry in mine.items()}
+    others = strategy.compare({repr(key): spec[0] for key, spec in specs.items()}, specs)
+    if others is None:
+        return {key: mine[key] for key in sorted(mine, key=repr)}
+    _refuse_differences([{key: spec[0] for key, spec in theirs.items()} for theirs in others])
+    every = {key: spec for theirs in others for key, spec in theirs.items()}
+    for key, (_, given, options, attribute) in every.items():
+        entry = entries.setdefault(key, Entry(key[1], key[0], key[2], given, options))
+        if attribute is not None and entry.source is None:
+            entry.source, entry.weight = module.get_submodule(attribute), 1
+    return {key: entries[key] for key in sorted(every, key=repr)}
 
 
 def _attribute(module: Any, metric: Any) -> str | None:
     return None if metric is None else next((path for path, submodule in module.named_modules() if submodule is metric), None)
 
 
-def _refuse_difference(mine: dict[Any, str], theirs: dict[Any, str]) -> None:
-    for key, op in theirs.items():
-        if mine.get(key, op) != op:
-            raise MisconfigurationException(
-                f"{key!r} is logged with reduce_fx={mine[key]!r} in this process and {op!r} in another. Log it in the same way everywhere."
-            )
+def _refuse_differences(all_ops: list[dict[Any, str]]) -> None:
+    """Refuse a name that two processes reduce in different ways; all of them hold the same list of all their reductions."""
+    agreed: dict[Any, tuple[int, str]] = {}
+    for rank, ops in enumerate(all_ops):
+        for key, op in ops.items():
+            first, other = agreed.setdefault(key, (rank, op))
+            if other != op:
+                raise MisconfigurationException(
+                    f"{key} is logged with reduce_fx={other!r} on rank {first} and {op!r} on rank {rank}. Log a name in the same way "
+                    "in every process."
+                )

@@ -40,7 +40,8 @@ def fit(
 
         def closure(batch: Tensor = batch, index: int = index) -> Tensor:
             with strategy.precision.forward_context():
-                loss: Tensor = step(batch, index)
+                output = step(batch, index)
+            loss: Tensor = output["loss"] if isinstance(output, dict) else output
             if index % accumulate == 0:
                 optimizer.zero_grad()
             strategy.backward(loss / accumulate)

@@ -269,11 +269,7 @@ class FSDPStrategy(ParallelStrategy):
         if extra.get("forward_prefetch"):
             for unit, following in zip(root.units, root.units[1:]):
                 unit.set_modules_to_forward_prefetch([following])
-        dtype = getattr(self.options.mixed_precision, "buffer_dtype", None)
-        for name, buffer in root.module.named_buffers():
-            if dtype is not None and buffer.is_floating_point() and buffer.dtype != dtype:
-                root.buffer_dtypes[name] = buffer.dtype
-                buffer.data = buffer.data.to(dtype)
+        root.convert_buffers(getattr(self.options.mixed_precision, "buffer_dtype", None))
         self._roots.append(root)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -405,6 +401,19 @@ class FSDPStrategy(ParallelStrategy):
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         sharding.load_optimizer_state(optimizer, state)
+
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """The gradients of an accumulation window that is not over, by name, as a checkpoint holds them; every process must call it."""
+        root = root_of(self.module)
+        gradients = {} if root is None else root.accumulated_gradients()
+        return gradients if self.state_dict_type == "sharded" else sharding.full_state(gradients)
+
+    def load_accumulated_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Go on with an accumulation window: give the parameters what :meth:`accumulated_gradients` returned."""
+        assert self.module is not None
+        for name, parameter in self.module.named_parameters():
+            if name in gradients:
+                parameter.grad = sharding.distribute_like(sharded.materialized(gradients[name]), parameter)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint as one file, or as a directory: all of it, or nothing.

@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 
 from lightning.fabric import collectives
 from lightning.fabric.strategies.meta_device import children_first
-from lightning.fabric.strategies.sharding import is_dtensor, local_tensor
+from lightning.fabric.strategies.sharding import distribute_like, is_dtensor, local_tensor
 
 KEY = "_fsdp_root"  # in the dict of a module that is divided
 
@@ -97,21 +97,21 @@ class WholeParameters:
                 if parameter in places:
                     places[parameter].append((part._parameters, name))
         self._places = list(places.values())
-        self._pairs = [(inner, Parameter(self._as_dtensor(inner.detach()), inner.requires_grad)) for inner in places]
+        self.pairs = [(inner, Parameter(self._as_dtensor(inner.detach()), inner.requires_grad)) for inner in places]
         self._put(1)
 
     def __bool__(self) -> bool:
-        return bool(self._pairs)
+        return bool(self.pairs)
 
     def _put(self, which: int) -> None:
-        for pair, places in zip(self._pairs, self._places):
+        for pair, places in zip(self.pairs, self._places):
             for store, name in places:
                 store[name] = pair[which]
 
     def enter(self) -> None:
         """Put the plain parameters into the module."""
-        if not self.entered and self._pairs:
-            for inner, outer in self._pairs:
+        if not self.entered and self.pairs:
+            for inner, outer in self.pairs:
                 inner.data = local_tensor(outer.data)
                 inner.requires_grad_(outer.requires_grad)
             self._put(0)
@@ -130,7 +130,7 @@ class WholeParameters:
 
     @torch.no_grad()
     def _average(self) -> None:
-        trained = [(inner, outer) for inner, outer in self._pairs if outer.requires_grad]
+        trained = [(inner, outer) for inner, outer in self.pairs if outer.requires_grad]
         if not trained:
             return
         given = [inner.grad is not None for inner, _ in trained]
@@ -334,6 +334,17 @@ class Root:
 
     # -- states --
 
+    def convert_buffers(self, dtype: torch.dtype | None) -> None:
+        """Compute with buffers in another dtype, but for the statistics of normalisation; checkpoints hold them in their own."""
+        from torch.nn.modules.batchnorm import _NormBase
+
+        for prefix, part in self.module.named_modules():
+            for name, buffer in part._buffers.items():
+                if dtype is None or buffer is None or not buffer.is_floating_point() or isinstance(part, _NormBase):
+                    continue
+                self.buffer_dtypes[f"{prefix}.{name}" if prefix else name] = buffer.dtype
+                buffer.data = buffer.data.to(dtype)
+
     def reshard(self) -> None:
         """Let go of whatever is gathered, so that the module's parameters are those that optimizers, checkpoints and callbacks know."""
         for unit in self.units:
@@ -355,6 +366,20 @@ class Root:
             unit.set_requires_gradient_sync(enabled, recurse=False)
         self.whole.enabled = enabled
 
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """The gradients of an accumulation window that is not over, by name: their mean over processes, divided as the weights are."""
+        self.reshard()
+        local = {each.sharded_param: _local_gradient(each) for group in self.groups for each in group.fsdp_params}
+        local.update({outer: inner.grad for inner, outer in self.whole.pairs})
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            grad = local.get(parameter)
+            mean = None if grad is None else distribute_like(collectives.reduce(grad).to(parameter.dtype), parameter)
+            total = mean if parameter.grad is None else parameter.grad if mean is None else parameter.grad + mean
+            if total is not None:
+                found[name] = total
+        return found
+
     def reset(self) -> None:
         """Forget a forward or backward pass that was broken off; nothing waits for another process."""
         self.busy = self.manual = False
@@ -364,6 +389,12 @@ class Root:
             if reset is not None:
                 reset()
             self.reshard()
+
+
+def _local_gradient(fsdp_param: Any) -> Tensor | None:
+    """The gradient, of this process's batches, that was not reduced yet."""
+    grad: Tensor | None = fsdp_param.unsharded_accumulated_grad
+    return getattr(getattr(fsdp_param, "_unsharded_param", None), "grad", None) if grad is None else grad
 
 
 def _state_of(unit: Any) -> Any:

@@ -221,7 +221,8 @@ def mixed_precision_policy(options: Options, precision: PrecisionPolicy, device:
     if isinstance(given, MixedPrecisionPolicy):
         return given
     if given is not None:
-        return MixedPrecisionPolicy(given.param_dtype, given.reduce_dtype, cast_forward_inputs=given.cast_forward_inputs)
+        casts = given.cast_forward_inputs or getattr(given, "cast_root_forward_inputs", False)
+        return MixedPrecisionPolicy(given.param_dtype, given.reduce_dtype, cast_forward_inputs=casts)
     if not precision.autocast or device.type == "cpu":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(precision.compute_dtype, precision.reduce_dtype, cast_forward_inputs=False)

@@ -77,7 +77,8 @@ def test_the_check_sees_what_is_installed_when_it_runs(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("name", lightning.__all__)
 def test_every_name_is_that_of_its_home(name: str) -> None:
     found: Any = getattr(lightning, name)
-    assert found is getattr(importlib.import_module("lightning.pytorch"), name)
+    home = "lightning.fabric" if name == "Fabric" else "lightning.pytorch"
+    assert found is getattr(importlib.import_module(home), name)
 
 
 def test_the_package_loads_nothing_until_a_name_is_used() -> None:

@@ -11,6 +11,7 @@ from lightning._version import __version__, refuse_mixture
 refuse_mixture()
 
 if TYPE_CHECKING:
+    from lightning.fabric.fabric import Fabric
     from lightning.fabric.utilities.seed import seed_everything
     from lightning.pytorch.callbacks.callback import Callback
     from lightning.pytorch.core.datamodule import LightningDataModule
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Callback": "lightning.pytorch.callbacks.callback",
+    "Fabric": "lightning.fabric.fabric",
     "LightningDataModule": "lightning.pytorch.core.datamodule",
     "LightningModule": "lightning.pytorch.core.module",
     "Trainer": "lightning.pytorch.trainer.trainer",
     "seed_everything": "lightning.fabric.utilities.seed",
 }
 
-__all__ = ["Callback", "LightningDataModule", "LightningModule", "Trainer", "__version__", "seed_everything"]
+__all__ = ["Callback", "Fabric", "LightningDataModule", "LightningModule", "Trainer", "__version__", "seed_everything"]
 
 
 def __getattr__(name: str) -> Any:

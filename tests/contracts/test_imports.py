@@ -26,6 +26,10 @@ FABRIC_LAYERS = {
     "watchdog": "side_channel stacks launchers",
     "strategies": "watchdog side_channel uneven launchers plugins accelerators precision checkpoint collectives utilities",
     "runtime": "strategies launchers accelerators precision quantization checkpoint collectives plugins utilities",
+    "wrappers": "strategies precision utilities",
+    "arguments": "wrappers strategies precision utilities",
+    "services": "arguments wrappers strategies utilities",
+    "fabric": "services arguments wrappers runtime strategies utilities",
 }
 # Every part of ``pytorch`` may import ``fabric`` as well.
 PYTORCH_LAYERS = {

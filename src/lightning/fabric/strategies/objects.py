@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning.fabric.checkpoint.placeholders import Opaque
+from lightning.fabric.checkpoint.format import Opaque, find_placeholders
 from lightning.fabric.utilities.types import _Stateful
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ def restore(strategy: Strategy, checkpoint: dict[str, Any], state: MutableMappin
             "was not saved, or pass strict=False."
         )
     for name in state:
-        if isinstance(checkpoint.get(name), Opaque):
+        opaque = [(place, value) for place, value in find_placeholders(checkpoint.get(name), name) if isinstance(value, Opaque)]
+        if opaque:
             raise UnpicklingError(
-                f"{name!r} in the checkpoint is {checkpoint[name]!r}. Save its state_dict instead, or leave {name!r} out of `state`."
+                f"{opaque[0][0]!r} in the checkpoint is {opaque[0][1]!r}. What stands in `state` itself, rather than in a collection, "
+                "is saved by its state_dict, which needs no trust."
             )
     for name, value in state.items():
         if name in missing:

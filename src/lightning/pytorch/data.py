@@ -49,7 +49,7 @@ class TrainLoader:
         self.combined = combined
         self.num_batches = num_batches
         self.length_is_exact = length_is_exact
-        self.length_is_known = not any(has_iterable_dataset(loader) for loader in combined.flattened)
+        self.length_is_known = combined.batch_count() != UNBOUNDED and not any(map(has_iterable_dataset, combined.flattened))
         self.lockstep: Lockstep | None = None
         # One plain loader is iterated as it is; several give (batch, batch_idx, dataloader_idx), of which the batch is wanted.
         single = len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
@@ -72,7 +72,7 @@ class TrainLoader:
 
         lockstep = Lockstep(self.iterable, policy)
         length = lockstep.agree(self.num_batches if self.length_is_known else UNBOUNDED)
-        self.num_batches = min(self.num_batches, length)
+        self.num_batches = length if lockstep.lengths else self.num_batches  # which is then a limit, or infinity
         if not lockstep.is_even:
             self.iterable, self.lockstep, self.length_is_exact = lockstep, lockstep, False
 

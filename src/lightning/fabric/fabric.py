@@ -235,7 +235,7 @@ class Fabric(FabricServices):
         wrapped = self._wrap(inner, model, compiler)
         wrapped_optimizers = [_FabricOptimizer(optimizer, self._strategy, self._callbacks) for optimizer in chosen]
         for part in inner.modules():
-            if "_fabric" in vars(part):  # LightningModules
+            if isinstance(getattr(type(part), "fabric", None), property):  # LightningModules
                 part.fabric = self  # type: ignore[assignment]
                 vars(part)["_fabric_optimizers"] = wrapped_optimizers
         self.call("on_after_setup", fabric=self, module=wrapped)

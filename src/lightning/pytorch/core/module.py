@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.class_only import class_only
 from lightning.pytorch.core.export import to_onnx, to_tensorrt, to_torchscript
+from lightning.pytorch.core.fabric_trainer import FabricTrainer
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 
@@ -69,6 +70,7 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         self.__dict__["_trainer"] = None
         self.__dict__["_metrics"] = None
         self.__dict__["_fabric"] = None
+        self.__dict__["_fabric_optimizers"] = []
         self._example_input_array: Any = None
         self._automatic_optimization: bool = True
         self._strict_loading: bool | None = None
@@ -79,13 +81,15 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
 
     @property
     def trainer(self) -> pl.Trainer:
-        """The trainer that runs this module.
+        """The trainer that runs this module; under Fabric, what that has of one.
 
         Raises:
             RuntimeError: before the module was handed to a trainer.
         """
         trainer = self.__dict__["_trainer"]
-        if trainer is None and self.__dict__["_fabric"] is None and not self._jit_is_scripting:
+        if self.__dict__["_fabric"] is not None:
+            return FabricTrainer(self.__dict__["_fabric"])  # type: ignore[return-value]
+        if trainer is None and not self._jit_is_scripting:
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`: `self.trainer` exists once the module was passed "
                 "to fit, validate, test or predict."
@@ -99,6 +103,8 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
             if isinstance(module, LightningModule):
                 module.__dict__["_trainer"] = trainer
                 module.__dict__["_metrics"] = metrics
+                if trainer is not None:
+                    module.__dict__["_fabric"] = None
 
     @property
     def fabric(self) -> Any:
@@ -110,9 +116,11 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         for module in self.modules():
             if isinstance(module, LightningModule):
                 module.__dict__["_fabric"] = fabric
+                if fabric is not None:
+                    module.__dict__["_trainer"] = module.__dict__["_metrics"] = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trainer": None, "_metrics": None, "_fabric": None}
+        return {**self.__dict__, "_trainer": None, "_metrics": None, "_fabric": None, "_fabric_optimizers": []}
 
     @property
     def example_input_array(self) -> Any:
@@ -138,14 +146,14 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
     @property
     def global_rank(self) -> int:
         """This process's index among all processes of the run."""
-        trainer = self.__dict__["_trainer"]
-        return trainer.global_rank if trainer else 0
+        runner = self.__dict__["_trainer"] or self.__dict__["_fabric"]
+        return runner.global_rank if runner else 0
 
     @property
     def local_rank(self) -> int:
         """This process's index among the processes of its machine."""
-        trainer = self.__dict__["_trainer"]
-        return trainer.local_rank if trainer else 0
+        runner = self.__dict__["_trainer"] or self.__dict__["_fabric"]
+        return runner.local_rank if runner else 0
 
     @property
     def on_gpu(self) -> bool:
@@ -177,19 +185,21 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
 
     @property
     def logger(self) -> Any:
-        """The trainer's first logger, or None."""
+        """The first logger of the trainer or of Fabric, or None."""
         trainer = self.__dict__["_trainer"]
-        return trainer.logger if trainer else None
+        return trainer.logger if trainer else next(iter(self.loggers), None)
 
     @property
     def loggers(self) -> list[Any]:
-        """The trainer's loggers."""
-        trainer = self.__dict__["_trainer"]
-        return trainer.loggers if trainer else []
+        """The loggers of the trainer or of Fabric."""
+        runner = self.__dict__["_trainer"] or self.__dict__["_fabric"]
+        return runner.loggers if runner else []
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print once, on rank 0, without breaking a progress bar."""
-        if self.trainer.is_global_zero:
+        if self.__dict__["_fabric"] is not None:
+            self.__dict__["_fabric"].print(*args, **kwargs)
+        elif self.trainer.is_global_zero:
             bar = self.trainer.progress_bar_callback
             if bar is not None and bar.is_enabled:
                 bar.print(*args, **kwargs)
@@ -333,7 +343,11 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         Args:
             use_pl_optimizer: give the wrapped ones, whose ``step`` knows precision and strategy, instead of torch's own.
         """
-        found: list[Any] = self.trainer.strategy._lightning_optimizers if use_pl_optimizer else self.trainer.strategy.optimizers
+        found: list[Any]
+        if self.__dict__["_fabric"] is not None:
+            found = self.__dict__["_fabric_optimizers"]
+        else:
+            found = self.trainer.strategy._lightning_optimizers if use_pl_optimizer else self.trainer.strategy.optimizers
         return found[0] if len(found) == 1 else list(found)
 
     def lr_schedulers(self) -> list[LRSchedulerPLType] | LRSchedulerPLType | None:
@@ -404,6 +418,11 @@ class LightningModule(DeviceDtypeMixin, HyperparametersMixin, ModelHooks, DataHo
         Raises:
             MisconfigurationException: if the trainer was given other values than these, or the algorithm is unknown.
         """
+        if self.__dict__["_fabric"] is not None:
+            by_value = gradient_clip_algorithm is not None and str(gradient_clip_algorithm).lower() == "value"
+            if gradient_clip_val is not None:
+                self.__dict__["_fabric"].clip_gradients(self, optimizer, **{"clip_val" if by_value else "max_norm": gradient_clip_val})
+            return
         trainer = self.trainer
         for name, given, theirs in (
             ("gradient_clip_val", gradient_clip_val, trainer.gradient_clip_val),

@@ -99,15 +99,20 @@ def write_shards(tensors: dict[str, Tensor], folder: str) -> None:
         folder: is there, and visible to all processes.
 
     Raises:
-        CheckpointException: in every process, if any of them failed.
+        OSError: in every process, if any of them failed.
     """
     from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     with warnings.catch_warnings():
         if alone:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+        try:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+        except CheckpointException as error:  # which is no Exception, so that handlers of those would not see it
+            failed = "; ".join(f"rank {rank}: {reason[0]!r}" for rank, reason in sorted(error.failures.items()))
+            raise OSError(f"The sharded checkpoint could not be written ({failed}).") from error
 
 
 def commit(plain: Any, folder: str, target: str) -> None:

@@ -109,9 +109,11 @@ class Loop:
         self.channel = SideChannel.to_all()
         self.signals = Signals([signal.SIGUSR1], lambda: (self.step, self.serial), self.channel, lockstep)
 
-    def run(self) -> tuple[int | None, int, int]:
+    def run(self, signalled_after: float | None = None) -> tuple[int | None, int, int]:
         """Returns the signal and where it stopped: training step, and batches in all; (None, ...) at the end."""
         self.signals.install()
+        if signalled_after is not None:
+            threading.Timer(signalled_after, os.kill, (os.getpid(), signal.SIGUSR1)).start()
         try:
             while self.step < self.steps:
                 self.serial += 1
@@ -140,10 +142,9 @@ def stop(rank: int, size: int, seed: int, lockstep: bool, evaluations: list[int]
     signalled = random.sample(range(size), random.randint(1, size))
     moments = [random.random() * 1.5 for _ in range(size)]
     random.seed(rank)
-    if rank in signalled:
-        threading.Timer(moments[rank], os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes after the end
     loop = Loop(rank, steps, evaluations, lockstep)
-    outcome = loop.run()
+    outcome = loop.run(moments[rank] if rank in signalled else None)
     torch.distributed.all_reduce(torch.ones(1))  # as saving a checkpoint would
     loop.channel.close()
     return outcome
@@ -165,9 +166,7 @@ def test_signal_at_the_end_lets_all_come_to_it() -> None:
 
 def stop_while_evaluating(rank: int, size: int) -> Any:
     loop = Loop(rank, 10_000, [10_000, 10_000], lockstep=False)
-    if rank == 1:
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    outcome = loop.run()
+    outcome = loop.run(1.0 if rank == 1 else None)
     loop.channel.close()
     return outcome
 

@@ -1,22 +1,17 @@
 """The documented import path of the strategies, which fabric owns."""
 
-from typing import TYPE_CHECKING, Any
-
-from lightning.fabric import strategies as owner
-
-if TYPE_CHECKING:
-    from lightning.fabric.strategies import (
-        STRATEGY_REGISTRY,
-        DDPStrategy,
-        DeepSpeedStrategy,
-        FSDPStrategy,
-        ModelParallelStrategy,
-        ParallelStrategy,
-        SingleDeviceStrategy,
-        Strategy,
-    )
-
-    StrategyRegistry = STRATEGY_REGISTRY
+from lightning.fabric.strategies import (
+    STRATEGY_REGISTRY as StrategyRegistry,
+)
+from lightning.fabric.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 
 __all__ = [
     "DDPStrategy",
@@ -28,7 +23,3 @@ __all__ = [
     "Strategy",
     "StrategyRegistry",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return getattr(owner, "STRATEGY_REGISTRY" if name == "StrategyRegistry" else name)

@@ -77,11 +77,16 @@ class XLAEnvironment(ClusterEnvironment):
         """
         available = XLAAccelerator.auto_device_count()
         if num_devices not in (1, available):
-            fewer = "CPU_NUM_DEVICES" if XLAAccelerator.is_stand_in() else "TPU_VISIBLE_CHIPS"
+            fewer = "CPU_NUM_DEVICES" if self.is_stand_in() else "TPU_VISIBLE_CHIPS"
             raise ValueError(
                 f"devices={num_devices} was given, and torch_xla uses one device of a machine, or all, of which this one has {available}. "
                 f"Use devices=1 or devices={available}; which there are is said by the environment variable {fewer}."
             )
+
+    @staticmethod
+    def is_stand_in() -> bool:
+        """Whether the devices are CPU devices, which are threads of one process."""
+        return XLAAccelerator.is_stand_in()
 
     @staticmethod
     def detect() -> bool:

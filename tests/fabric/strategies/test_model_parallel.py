@@ -98,7 +98,8 @@ def train(
     for index, batch in enumerate(data):
 
         def closure(batch: Tensor = batch, index: int = index) -> Tensor:
-            loss: Tensor = step(batch, index)
+            with strategy.precision.forward_context():
+                loss: Tensor = step(batch, index)
             if index % accumulate == 0:
                 optimizer.zero_grad()
             strategy.backward(loss / accumulate)

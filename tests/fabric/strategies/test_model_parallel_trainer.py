@@ -171,3 +171,8 @@ def test_checkpoint_of_one_process_goes_on_over_a_grid_of_two_by_two(tmp_path: P
     alone(epochs=1, save_as=first)
     assert_same(run(on_grid, 4, (2, 2), {}, {"resume": first, "save_as": second}), alone())
     assert_same([alone(epochs=EPOCHS + 1, resume=second)], alone(epochs=EPOCHS + 1))
+
+
+def test_wrong_sizes_are_refused_before_any_process_starts() -> None:
+    with pytest.raises(RuntimeError, match=r"2 x 2 processes.*product is 2"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(2, 2))

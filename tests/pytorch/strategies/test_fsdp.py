@@ -19,6 +19,7 @@ from processes import run
 from sharded import fsdp, weights
 from training import batches, largest_difference, part
 
+from lightning.fabric.checkpoint.io import load
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -224,6 +225,10 @@ def test_callbacks_may_change_weights_between_steps(kind: str) -> None:
         assert loss == pytest.approx(expected[1], rel=1e-5)
 
 
+def build_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 6), Block(), Block(), nn.Linear(6, 1))
+
+
 class OnMeta(Model):
     def __init__(self) -> None:
         LightningModule.__init__(self)
@@ -234,7 +239,7 @@ class OnMeta(Model):
         if self.net is None:
             torch.manual_seed(3)
             with torch.device("meta"):
-                self.net = nn.Sequential(nn.Linear(5, 6), Block(), Block(), nn.Linear(6, 1))
+                self.net = build_net()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # type: ignore[no-any-return]
@@ -263,9 +268,7 @@ def test_model_on_the_meta_device_is_trained_saved_in_parts_and_resumed(tmp_path
         assert best == pytest.approx(score)
         assert states == results[0][3]
     assert all(os.path.isdir(tmp_path / name) for name in results[0][0])
-    torch.manual_seed(3)
-    module = OnMeta.load_from_checkpoint(tmp_path / "last.ckpt", strict=False)
-    assert isinstance(module, OnMeta)
+    assert [name.removeprefix("net.") for name in load(tmp_path / "last.ckpt")["state_dict"]] == list(build_net().state_dict())
 
 
 class Failing(Model):

@@ -63,6 +63,7 @@ LOWER = {
 # Imports inside functions that point the other way, each with its reason. A trailing dot stands for a whole package.
 EXCEPTIONS = {
     ("lightning.fabric.precision", "lightning.fabric.quantization."): "a precision by name, from a library loaded on demand",
+    ("lightning.fabric.utilities.consolidate_checkpoint", "lightning.fabric.checkpoint."): "a command, whose path is documented",
     (
         "lightning.pytorch.utilities.model_helpers",
         "lightning.pytorch.core.",

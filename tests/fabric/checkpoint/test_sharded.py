@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,18 @@ def test_consolidated_into_one_file(tmp_path: Path) -> None:
         sharded.consolidate(path, output)
     with pytest.raises(ValueError, match="not a complete sharded checkpoint"):
         sharded.consolidate(output, str(tmp_path / "two.ckpt"))
+
+
+@pytest.mark.parametrize("package", ["fabric", "pytorch"])
+def test_consolidated_by_a_command(package: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "last.ckpt")
+    run(saved, 2, path)
+    command = [sys.executable, "-m", f"lightning.{package}.utilities.consolidate_checkpoint", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "last.ckpt.consolidated" in done.stdout
+    assert torch.load(f"{path}.consolidated", weights_only=True)["epoch"] == 3
+    again = subprocess.run([*command, "--output_file", f"{path}.consolidated"], capture_output=True, text=True, check=False)
+    assert (again.returncode, "there already" in again.stderr, "Traceback" in again.stderr) == (1, True, False)
 
 
 def test_incomplete_and_damaged_directories_are_refused(tmp_path: Path) -> None:

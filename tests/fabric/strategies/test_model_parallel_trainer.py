@@ -126,8 +126,11 @@ def fit(strategy: Any, devices: int, model: Model, epochs: int = EPOCHS, save_as
         enable_model_summary=False,
     )
     trainer.fit(model, ckpt_path=resume)
+    metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+    [again] = trainer.validate(model, verbose=False)  # the model is divided already
+    assert again["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
     weights = {name: full_tensor(parameter.detach()).tolist() for name, parameter in model.named_parameters()}
-    return weights, {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+    return weights, metrics
 
 
 def on_grid(rank: int, size: int, grid: tuple[int, int], options: dict[str, Any], run: dict[str, Any], save: bool = True) -> Any:
@@ -147,8 +150,17 @@ def assert_same(results: list[Any], expected: Any) -> None:
         assert metrics == pytest.approx(expected[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("grid", [(1, 2), (2, 1)])
-@pytest.mark.parametrize("options", [{}, {"manual": True}, {"whole": True}, {"whole": True, "manual": True}])
+@pytest.mark.parametrize(
+    ("grid", "options"),
+    [
+        ((1, 2), {}),
+        ((1, 2), {"manual": True}),
+        ((2, 1), {}),
+        ((2, 1), {"manual": True}),
+        ((2, 1), {"whole": True}),
+        ((2, 1), {"whole": True, "manual": True}),
+    ],
+)
 def test_fit_gives_the_weights_and_metrics_of_one_process(grid: tuple[int, int], options: dict[str, Any]) -> None:
     expected = alone({"manual": options.get("manual", False)})
     assert expected[1]["val_samples"] == 7

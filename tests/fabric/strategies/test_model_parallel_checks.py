@@ -14,16 +14,17 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import test_model_parallel as grids
 from processes import run
-from test_model_parallel import Network, by_data_in_part, by_tensor, full, made, train
-from training import batches, part
+from test_model_parallel import Network, by_tensor, full, made, train
+from training import batches, largest_difference, part
 
 from lightning.fabric import collectives
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.replicas import AveragedGradients
-from lightning.fabric.strategies.sharding import local_tensor
+from lightning.fabric.strategies.sharding import full_tensor, local_tensor
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # ---- the grid -----------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_gradients_that_differ_within_a_tensor_parallel_group_are_an_error_that_
 
 
 def with_other_weights(rank: int, size: int, grid: tuple[int, int], divide: str) -> Any:
-    strategy = made(size, globals()[divide], data_parallel_size=grid[0], tensor_parallel_size=grid[1])
+    strategy = made(size, getattr(grids, divide), data_parallel_size=grid[0], tensor_parallel_size=grid[1])
     strategy.setup_environment()
     model: Any = Network()
     if rank:
@@ -221,7 +222,7 @@ def test_gradients_are_averaged_over_processes_also_where_one_has_none() -> None
 
 
 def held_back(rank: int, size: int) -> Any:
-    strategy = made(size, by_data_in_part, data_parallel_size=2, tensor_parallel_size=1)
+    strategy = made(size, grids.by_data_in_part, data_parallel_size=2, tensor_parallel_size=1)
     strategy.setup_environment()
     model: Any = Network()
     strategy.connect(model)
@@ -240,3 +241,32 @@ def test_no_backward_sync_keeps_all_gradients_local() -> None:
     assert first[0][1] != second[0][1]
     assert first[1] == second[1]
     assert first[2], second[2]
+
+
+def broken_off(rank: int, size: int, grid: tuple[int, int], divide: str) -> Any:
+    """A window of three batches, after two of which the gradients go to another model."""
+    strategy = made(size, getattr(grids, divide), data_parallel_size=grid[0], tensor_parallel_size=grid[1])
+    strategy.setup_environment()
+    pieces = part(batches()[0], rank // grid[1], grid[0])
+    pieces = pieces.split(len(pieces) // 3)
+    first: Any = strategy.setup_module(Network())
+    with strategy.no_backward_sync():
+        for piece in pieces[:2]:
+            (first.training_step(piece, 0) / 3).backward()
+    strategy.module = first
+    gradients = strategy.accumulated_gradients()
+    strategy.module = second = strategy.setup_module(Network())
+    strategy.load_accumulated_gradients(gradients)
+    (second.training_step(pieces[2], 0) / 3).backward()
+    return {name: full_tensor(parameter.grad).tolist() for name, parameter in second.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "divide"), [(2, (1, 2), "by_tensor"), (2, (2, 1), "by_data"), (4, (2, 2), "by_both_in_part"), (4, (2, 2), "by_tensor")]
+)
+def test_accumulated_gradients_go_on_in_another_model(size: int, grid: tuple[int, int], divide: str) -> None:
+    model = Network()
+    model.training_step(batches()[0], 0).backward()
+    expected = {name: parameter.grad.tolist() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+    for gradients in run(broken_off, size, grid, divide):
+        assert largest_difference(gradients, expected) < 1e-6

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from lightning.fabric import collectives
 from lightning.fabric.strategies import replicas
-from lightning.fabric.strategies.fsdp_module import Root, WholeParameters, root_of
+from lightning.fabric.strategies.fsdp_module import Root, WholeParameters, _local_gradient, groups_of, root_of
 from lightning.fabric.strategies.meta_device import materialize
 from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT
 from lightning.fabric.strategies.sharded import ShardedStrategy
-from lightning.fabric.strategies.sharding import is_dtensor, make_scaler_agree
+from lightning.fabric.strategies.sharding import distribute_like, full_tensor, is_dtensor, local_tensor, make_scaler_agree
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -303,18 +303,16 @@ class ModelParallelStrategy(ShardedStrategy):
         Args:
             module: as :meth:`setup_module` returned it; None for the strategy's own.
         """
-        from torch.distributed.fsdp import FSDPModule
-
         held = [(each, averaged) for each, averaged in zip(self._divided, self._averaged) if module is None or each is module]
-        sharded = [each for owner, _ in held for each in owner.modules() if isinstance(each, FSDPModule)]
-        for each in sharded:
+        units = [unit for owner, _ in held for unit in _units(owner)]
+        for each in units:
             each.set_requires_gradient_sync(False, recurse=False)
         for _, averaged in held:
             averaged.enabled = False
         try:
             yield
         finally:
-            for each in sharded:
+            for each in units:
                 each.set_requires_gradient_sync(True, recurse=False)
             for _, averaged in held:
                 averaged.enabled = True
@@ -360,14 +358,36 @@ class ModelParallelStrategy(ShardedStrategy):
         super().load_module_state_dict(module, state_dict, strict)
         self._without_value = [name for name in self._without_value if name not in state_dict]
 
+    def mean_gradients(self) -> dict[str, Tensor]:
+        assert self.module is not None
+        self.reshard(self.module)
+        mesh = self.device_mesh[DATA]
+        ranks, group = replicas.ranks_of(mesh), mesh.get_group()
+        kept = {
+            each.sharded_param: _local_gradient(each)
+            for unit in _units(self.module)
+            for params in groups_of(unit)
+            for each in params.fsdp_params
+        }
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            total = parameter.grad
+            if total is not None and not replicas.covers(parameter, ranks):
+                total = total.clone()
+                local_tensor(total).copy_(collectives.reduce(local_tensor(total), "mean", group))
+            whole = kept.get(parameter)  # that FSDP2 keeps until the window is over, divided by the other dimension alone
+            if whole is not None:
+                mean = distribute_like(collectives.reduce(full_tensor(whole), "mean", group).to(parameter.dtype), parameter)
+                total = mean if total is None else total + mean
+            if total is not None:
+                found[name] = total
+        return found
+
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def reshard(self, module: Module) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for unit in module.modules():
-            if isinstance(unit, FSDPModule):
-                unit.reshard()
+        for unit in _units(module):
+            unit.reshard()
 
     def teardown(self) -> None:
         """Bring what this process holds back to the host. The module stays divided, for a next run of the same processes."""
@@ -380,6 +400,13 @@ class ModelParallelStrategy(ShardedStrategy):
         if root is not None:
             root.reset()
         super().teardown()
+
+
+def _units(module: Module) -> list[Any]:
+    """The modules to which ``fully_shard`` was applied."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [each for each in module.modules() if isinstance(each, FSDPModule)]
 
 
 def _without_inference_mode(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning.fabric import collectives
 from lightning.fabric.checkpoint import io, sharded
 from lightning.fabric.precision import Precision
 from lightning.fabric.strategies import sharding
+from lightning.fabric.strategies.objects import restore
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.utilities.cloud_io import local_path
 
@@ -60,11 +61,6 @@ class ShardedStrategy(ParallelStrategy):
         self.precision.unscale_gradients(optimizer)
         return sharding.clip_norm_(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
 
-    def clip_gradients_value(self, module: Module, optimizer: Optimizer, clip_val: float) -> None:
-        """Clip by value."""
-        self.precision.unscale_gradients(optimizer)
-        sharding.clip_value_(self.precision.main_params(optimizer), clip_val)
-
     def sync_buffers(self) -> None:
         """Give every process the buffers of rank 0, which are those that a checkpoint holds."""
         if self.module is not None:
@@ -83,7 +79,7 @@ class ShardedStrategy(ParallelStrategy):
 
     def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         self.reshard(module)
-        sharding.load_sharded_state_dict(module, dict(state_dict) if not isinstance(state_dict, dict) else state_dict, strict)
+        sharding.load_sharded_state_dict(module, state_dict, strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of an optimizer, gathered or divided as the weights are; every process must call it."""
@@ -92,6 +88,22 @@ class ShardedStrategy(ParallelStrategy):
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         sharding.load_optimizer_state(optimizer, state)
+
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """The gradients of an accumulation window that is not over, by name, as a checkpoint holds them; every process must call it."""
+        gradients = self.mean_gradients()
+        return gradients if self.saves_directories else sharding.full_state(gradients)
+
+    def mean_gradients(self) -> dict[str, Tensor]:
+        """The gradients that were accumulated so far, averaged over the processes that have different data, divided as the weights."""
+        raise NotImplementedError
+
+    def load_accumulated_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Go on with an accumulation window: give the parameters what :meth:`accumulated_gradients` returned."""
+        assert self.module is not None
+        for name, parameter in self.module.named_parameters():
+            if name in gradients:
+                parameter.grad = sharding.distribute_like(sharded.materialized(gradients[name]), parameter)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint as one file, or as a directory: all of it, or nothing; every process must call it.
@@ -115,9 +127,19 @@ class ShardedStrategy(ParallelStrategy):
 
         In that of a directory, weights and optimizer states are left unread until they are loaded.
         """
+        return self._read(checkpoint_path, weights_only, sharded.LEFT_UNREAD)
+
+    def _read(self, path: Any, weights_only: bool | None, left_unread: Iterable[str]) -> dict[str, Any]:
         if type(self.checkpoint_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
-            return super().load_checkpoint(checkpoint_path, weights_only)
-        if sharded.is_sharded_checkpoint(checkpoint_path):
-            return sharded.open_sharded(checkpoint_path, weights_only)
-        mapped = local_path(checkpoint_path) is not None
-        return io.load(checkpoint_path, io.keep_on_cpu, weights_only, mmap=mapped)  # type: ignore[no-any-return]
+            return super().load_checkpoint(path, weights_only)
+        if sharded.is_sharded_checkpoint(path):
+            return sharded.open_sharded(path, weights_only, left_unread)
+        mapped = local_path(path) is not None
+        return io.load(path, io.keep_on_cpu, weights_only, mmap=mapped)  # type: ignore[no-any-return]
+
+    def load_state(
+        self, path: Any, state: MutableMapping[str, Any] | None = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        given = state or {}
+        checkpoint = self._read(path, weights_only, [name for name, value in given.items() if isinstance(value, (Module, Optimizer))])
+        return restore(self, checkpoint, given, strict) if given else checkpoint

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,12 +16,13 @@ from torch.optim import Optimizer
 
 from lightning.fabric import collectives
 from lightning.fabric.plugins.precision.deepspeed import DeepSpeedPrecision
-from lightning.fabric.precision import HalfPrecision, MixedPrecision, Precision
-from lightning.fabric.strategies import deepspeed_checkpoint as directories
+from lightning.fabric.precision import Precision
 from lightning.fabric.strategies import deepspeed_state as states
 from lightning.fabric.strategies.deepspeed_config import (
     ENVIRONMENT_VARIABLE,
+    NAMES,
     Config,
+    StepwiseScheduler,
     build_config,
     complete,
     for_evaluation,
@@ -32,9 +31,9 @@ from lightning.fabric.strategies.deepspeed_config import (
     require_deepspeed,
     zero_stage,
 )
-from lightning.fabric.strategies.deepspeed_engine import Engine
+from lightning.fabric.strategies.deepspeed_engine import Engine, configure_activation_checkpointing, rounded_weights
+from lightning.fabric.strategies.deepspeed_saving import SavesDirectories
 from lightning.fabric.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
-from lightning.fabric.utilities.cloud_io import local_path
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.watchdog import DEFAULT_LIMIT
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
-class DeepSpeedStrategy(ParallelStrategy):
+class DeepSpeedStrategy(SavesDirectories):
     """Train under the engine of the package ``deepspeed``.
 
     Its optimizer steps one optimizer; gradients are clipped by their norm. Checkpoints are directories, to which each process writes
@@ -119,7 +118,6 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     strategy_name = "deepspeed"
     DEEPSPEED_ENV_VAR = ENVIRONMENT_VARIABLE
-    restore_checkpoint_after_setup = True
 
     def __init__(
         self,
@@ -186,7 +184,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         if checkpoint_io is not None:
             self.checkpoint_io = checkpoint_io
         given = given_config(config)
-        self.config: Config = given if given is not None else build_config(
+        self.config = given if given is not None else build_config(
             zero_optimization=zero_optimization,
             stage=stage,
             offload_optimizer=offload_optimizer,
@@ -235,11 +233,11 @@ class DeepSpeedStrategy(ParallelStrategy):
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.logging_level = logging_level
         self.logging_batch_size_per_gpu = logging_batch_size_per_gpu
-        self.engine: Engine | None = None
+        self.engine = None
         self.forward_is_collective = self.zero_stage_3
-        self._loop_steps = False
+        self._loop_steps = self._set_local_rank = False
         self._rounded: list[tuple[Tensor, Tensor]] = []
-        self._saved: directories.SavedCheckpoint | None = None
+        self._saved = None
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -249,26 +247,14 @@ class DeepSpeedStrategy(ParallelStrategy):
         return None if self.engine is None else self.engine.raw
 
     @property
-    def zero_stage_3(self) -> bool:
-        """Whether each process holds only a part of the weights."""
-        return zero_stage(self.config) == 3
-
-    @property
     def precision(self) -> Precision:
         """The numbers that the module computes with."""
         return self._deepspeed_precision
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
-        if not isinstance(precision, (DeepSpeedPrecision, NoneType)):
-            if type(precision) not in (Precision, HalfPrecision, MixedPrecision):
-                raise ValueError(
-                    f"The precision {type(precision).__name__} ({precision.precision!r}) does not run under DeepSpeed, whose engine casts "
-                    "weights and scales the loss itself. Use '32-true', '16-mixed', 'bf16-mixed', '16-true' or 'bf16-true'."
-                )
-            precision = DeepSpeedPrecision(precision.precision)
-        self._precision = precision
-        self._deepspeed_precision = precision or DeepSpeedPrecision("32-true")
+        self._deepspeed_precision = DeepSpeedPrecision.of(precision)
+        self._precision = None if precision is None else self._deepspeed_precision
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -295,7 +281,9 @@ class DeepSpeedStrategy(ParallelStrategy):
                 f"The process of local rank {self.local_rank} was given the device {str(self.root_device)!r}, and DeepSpeed takes the one "
                 "of that number. To use others, set the environment variable CUDA_VISIBLE_DEVICES, and give devices as a count."
             )
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # where DeepSpeed looks for it, which only some launchers have set
+        if "LOCAL_RANK" not in os.environ:  # where DeepSpeed looks for it, which only some launchers have set
+            os.environ["LOCAL_RANK"] = str(self.local_rank)
+            self._set_local_rank = True
         deepspeed = import_deepspeed(self.root_device)
         deepspeed.utils.logger.setLevel(self.logging_level)
         if self.precision.policy.compute_dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
@@ -304,10 +292,6 @@ class DeepSpeedStrategy(ParallelStrategy):
                 f"Use {self.precision.precision.replace('16', 'bf16')!r}, or '32-true'."
             )
         deepspeed.init_distributed(auto_mpi_discovery=False)  # joins the group that there is
-
-    def connect(self, module: Module) -> None:
-        super().connect(module)
-        self._saved = None
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -335,39 +319,16 @@ class DeepSpeedStrategy(ParallelStrategy):
             module = self.layer_sync.apply(module)
         module = self.precision.convert_module(module)
         if not training and not self.zero_stage_3:
-            self._round(module)
+            self._rounded = rounded_weights(module, self.precision.policy.compute_dtype)
         self.module_to_device(module)
         whole = [parameter for parameter in module.parameters() if not states.is_partitioned(parameter)]
         collectives.broadcast_tensors([*whole, *module.buffers()])
-        self._configure_activation_checkpointing()
+        configure_activation_checkpointing(self.config.get("activation_checkpointing"))
         if training or not self.zero_stage_3:
             return module
         if self.engine is None:
             self.engine = Engine.build(self.root_device, module, for_evaluation(self._run_config()))
         return self.engine.raw  # type: ignore[no-any-return]
-
-    def _round(self, module: Module) -> None:
-        """Bring the weights to the 16 bits in which the engine would have them, and remember what they were."""
-        dtype = self.precision.policy.compute_dtype
-        for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.dtype != dtype:
-                self._rounded.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(dtype)
-
-    def _configure_activation_checkpointing(self) -> None:
-        settings = self.config.get("activation_checkpointing")
-        if settings:
-            import deepspeed
-
-            deepspeed.checkpointing.configure(
-                None,
-                partition_activations=settings.get("partition_activations"),
-                contiguous_checkpointing=settings.get("contiguous_memory_optimization"),
-                num_checkpoints=settings.get("number_checkpoints"),
-                checkpoint_in_cpu=settings.get("cpu_checkpointing"),
-                synchronize=settings.get("synchronize_checkpoint_boundary"),
-                profile=settings.get("profile"),
-            )
 
     def prepare_training(self, accumulate_grad_batches: int, gradient_clip_val: float | None, gradient_clip_algorithm: str | None) -> None:
         """Learn who steps: the loop, or, in manual optimization, the user's code.
@@ -446,19 +407,19 @@ class DeepSpeedStrategy(ParallelStrategy):
     def bind(self, name: str) -> Callable[..., Any]:
         """The step function ``name`` of the module, inside of the engine's forward pass where that has something to do."""
         step: Callable[..., Any] = getattr(self.module, name)
-        engine = self.engine
-        if engine is None or self.model is not engine.raw or not (name == "training_step" or self.zero_stage_3):
+        if not (name == "training_step" or self.zero_stage_3):
             return step
-        step = engine.through(step)
+        step = self.as_forward(self.model, step)
         known = "train_micro_batch_size_per_gpu" in self.config or "train_batch_size" in self.config
-        return engine.counting(step) if name == "training_step" and self.logging_batch_size_per_gpu == "auto" and not known else step
+        counts = name == "training_step" and self.logging_batch_size_per_gpu == "auto" and not known
+        return self._running.counting(step) if counts else step
+
+    def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, which computes with a module, in place of the engine's forward pass, if the module is an engine."""
+        engine = self.engine
+        return engine.through(method) if engine is not None and module is engine.raw else method
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _running(self) -> Engine:
-        assert self.engine is not None, "there is no engine before the optimizers were set up"
-        return self.engine
 
     def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
         """A context for the batches of an accumulation window before the last one."""
@@ -483,6 +444,17 @@ class DeepSpeedStrategy(ParallelStrategy):
         _check_clipping(algorithm)
         self._running.clip(clip_val)
 
+    def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Not with DeepSpeed, which clips within its step, and knows the norm no earlier.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        raise MisconfigurationException(
+            "DeepSpeed clips gradients within its step. Set 'gradient_clipping' in its configuration instead: "
+            "DeepSpeedStrategy(config={..., 'gradient_clipping': 1.0})."
+        )
+
     def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
         """Multiply the gradients of the step to come; all processes must call it."""
         self._running.scale_gradients(factor)
@@ -493,118 +465,6 @@ class DeepSpeedStrategy(ParallelStrategy):
         """Give every process the buffers of rank 0, such as running statistics."""
         if self.module is not None:
             collectives.broadcast_tensors(self.module.buffers())
-
-    # ---- state ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _training(self) -> Engine | None:
-        """The engine of a training run of the module."""
-        engine = self.engine
-        return engine if engine is not None and engine.trains and engine.module is self.module else None
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights of the user's module: on rank 0, where they are divided among the processes.
-
-        In training with ZeRO 3 there are none: they go from each process to its part of a checkpoint.
-        """
-        assert self.module is not None
-        if not any(states.is_partitioned(parameter) for parameter in self.module.parameters()):
-            return self.module.state_dict()
-        return {} if self._training is not None else states.gather_weights(self.module, self.is_global_zero)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint: in training a directory, to which all processes write; else one file.
-
-        Raises:
-            TypeError: for storage options.
-            ValueError: for a path that is not on a file system of this machine.
-        """
-        engine = self._training
-        if engine is None:
-            return super().save_checkpoint(checkpoint, filepath, storage_options)
-        if storage_options is not None:
-            raise TypeError(f"storage_options={storage_options!r}: DeepSpeed writes to the file system of this machine. Leave them out.")
-        path = local_path(filepath)
-        if path is None:
-            raise ValueError(f"{filepath}: DeepSpeed writes to the file system of this machine, not to URLs. Give a path, and copy it.")
-        rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        ours = {name: value for name, value in rest.get("keraunos", {}).items() if name != "gradients"}  # they are in parts too
-        if "optimizers" in ours:
-            ours["optimizers"] = [type(engine.basic_optimizer).__name__]
-        rest["keraunos"] = ours
-        directories.write(engine.raw, path, rest, self.exclude_frozen_parameters, self)
-        return None
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint: a file as it is, of a directory everything but what :meth:`load_model_state_dict` loads.
-
-        Args:
-            checkpoint_path: of a file, or of a directory that DeepSpeed wrote.
-            weights_only: False unpickles anything; for checkpoints from a source you trust.
-
-        Raises:
-            pickle.UnpicklingError: if a directory holds anything that could run code.
-            MisconfigurationException: for a directory, if it was saved in another way than this run could go on.
-        """
-        self._saved = None
-        if not directories.is_deepspeed_checkpoint(checkpoint_path):
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-            return {**checkpoint, "keraunos": _without_optimizers(checkpoint.get("keraunos"))}
-        if self.load_full_weights:
-            raise MisconfigurationException(
-                f"load_full_weights=True is for a file with whole weights, and {os.fspath(checkpoint_path)!r} is a directory that "
-                "DeepSpeed has written. Leave load_full_weights out."
-            )
-        saved = directories.open_checkpoint(checkpoint_path, weights_only=weights_only)
-        if weights_only is not False:
-            found = directories.suspicious(saved.folder, lambda files: files[self.global_rank :: self.world_size])
-            found = next((each for each in collectives.gather_object(found) if each), None)
-            directories.refuse(saved.folder, found)
-        self._saved = saved
-        checkpoint = {**saved.rest, "keraunos": _without_optimizers(saved.rest.get("keraunos"))}
-        if "lr_schedulers" in checkpoint:  # not of weights only
-            checkpoint["optimizer_states"] = [{}]
-        return checkpoint
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load weights; from a directory, in training, the optimizer's state too. All processes must call it.
-
-        Args:
-            checkpoint: from :meth:`load_checkpoint`.
-            strict: whether all keys must match.
-
-        Raises:
-            RuntimeError: if ``strict`` and keys do not match, or shapes differ.
-            MisconfigurationException: for a directory, if it was saved in another way than this run could go on.
-        """
-        module, saved, engine = self.module, self._saved, self._training
-        assert module is not None
-        self._rounded.clear()
-        if saved is not None and engine is not None:
-            if not engine.raw.load_universal_checkpoint():
-                saved.check_fits(self.world_size, zero_stage(self.config), type(engine.basic_optimizer).__name__)
-            strict = strict and not self.exclude_frozen_parameters
-            engine.raw.load_checkpoint(saved.path, saved.tag, load_module_strict=strict, load_lr_scheduler_states=False)
-            return
-        weights = checkpoint["state_dict"] if saved is None else directories.whole_weights(saved)
-        states.load_weights(module, weights, strict)
-        if engine is not None:
-            states.set_master_weights(module, weights, engine.raw.optimizer)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: each process writes its part of the state to the checkpoint."""
-        return {}
-
-    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Load the state of an optimizer from a file; a directory's was loaded with its weights."""
-        if self._saved is not None:
-            return
-        engine = self._running
-        if not states.load_optimizer_state(engine.raw.optimizer, engine.basic_optimizer, engine.parameters, state):
-            rank_zero_warn(
-                "The checkpoint is a file with the state of an optimizer that can't be divided as DeepSpeed divides this one. The weights "
-                "were loaded, and the optimizer starts anew. To keep its state, resume from a checkpoint that DeepSpeed has saved."
-            )
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
@@ -617,36 +477,15 @@ class DeepSpeedStrategy(ParallelStrategy):
         if self.module is not None and self.layer_sync is not None:
             self.layer_sync.revert(self.module)
         super().teardown()
+        if self._set_local_rank:  # to others it says that this process was started as one of several
+            os.environ.pop("LOCAL_RANK", None)
+            self._set_local_rank = False
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names of this strategy into a registry."""
-        nvme = {"remote_device": "nvme", "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
-        everything = {"offload_optimizer": True, "offload_parameters": True}
-        for name, text, arguments in (
-            ("deepspeed", "DeepSpeed with its defaults: ZeRO 2", {}),
-            ("deepspeed_stage_1", "ZeRO 1: optimizer states are divided", {"stage": 1}),
-            ("deepspeed_stage_1_offload", "ZeRO 1, and the optimizer on the CPU", {"stage": 1, "offload_optimizer": True}),
-            ("deepspeed_stage_2", "ZeRO 2: gradients are divided too", {"stage": 2}),
-            ("deepspeed_stage_2_offload", "ZeRO 2, and the optimizer on the CPU", {"stage": 2, "offload_optimizer": True}),
-            ("deepspeed_stage_3", "ZeRO 3: weights are divided too", {"stage": 3}),
-            ("deepspeed_stage_3_offload", "ZeRO 3, and optimizer and weights on the CPU", {"stage": 3, **everything}),
-            ("deepspeed_stage_3_offload_nvme", "ZeRO 3, and optimizer and weights on NVMe", {"stage": 3, **everything, **nvme}),
-        ):
-            strategy_registry.register(name, cls, description=text, **arguments)
-
-
-@dataclass
-class StepwiseScheduler:
-    """A scheduler from the configuration, as the training loop sees schedulers: stepped after each optimizer step."""
-
-    scheduler: Any
-    name: str | None = None
-    interval: str = "step"
-    frequency: int = 1
-    reduce_on_plateau: bool = False
-    monitor: str | None = None
-    strict: bool = True
+        for name, description, arguments in NAMES:
+            strategy_registry.register(name, cls, description=description, **arguments)
 
 
 def _check_clipping(algorithm: Any) -> None:
@@ -655,8 +494,3 @@ def _check_clipping(algorithm: Any) -> None:
             f"gradient_clip_algorithm={getattr(algorithm, 'value', algorithm)!r}: DeepSpeed clips gradients by their norm only. "
             "Use 'norm', or another strategy."
         )
-
-
-def _without_optimizers(ours: Any) -> dict[str, Any]:
-    """What the trainer has noted in a checkpoint, without the names of optimizers, which DeepSpeed's own have replaced."""
-    return {name: value for name, value in (ours or {}).items() if name != "optimizers"}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning.fabric.checkpoint import io
 from lightning.fabric.checkpoint.format import encode
+from lightning.fabric.collectives import gather_object
 from lightning.fabric.strategies.deepspeed_config import zero_stage
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.cloud_io import local_path
@@ -170,6 +171,19 @@ def model_file(folder: str) -> str:
     raise FileNotFoundError(f"The DeepSpeed checkpoint {folder!r} has no file of model states. Was it copied completely?")
 
 
+def open_together(path: io.PathLike, weights_only: bool | None, strategy: Any) -> SavedCheckpoint:
+    """:func:`open_checkpoint`, after all processes have looked through the files for anything that could run code.
+
+    Raises:
+        pickle.UnpicklingError: in all of them, if there is something and ``weights_only`` is not False.
+    """
+    saved = open_checkpoint(path, weights_only=weights_only)
+    if weights_only is not False:
+        found = suspicious(saved.folder, lambda files: files[strategy.global_rank :: strategy.world_size])
+        refuse(saved.folder, next((each for each in gather_object(found) if each), None))
+    return saved
+
+
 def suspicious(folder: str, share: Callable[[list[str]], Iterable[str]] = iter) -> str | None:
     """A class or function in a checkpoint that unpickling it would call, and that is neither torch's nor DeepSpeed's; None if none is.
 
@@ -201,7 +215,7 @@ def refuse(folder: str, found: str | None) -> None:
 # ---- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(engine: Any, path: str, rest: Mapping[str, Any], exclude_frozen_parameters: bool, strategy: Any) -> None:
+def write(engine: Any, path: io.PathLike, rest: Mapping[str, Any], exclude_frozen_parameters: bool, strategy: Any) -> None:
     """Save engine and ``rest`` as a directory: whole, or not at all. All processes must call it.
 
     Args:
@@ -210,9 +224,15 @@ def write(engine: Any, path: str, rest: Mapping[str, Any], exclude_frozen_parame
         rest: everything but weights and optimizers.
         exclude_frozen_parameters: leave out weights that are not trained.
         strategy: lets the processes talk to each other.
+
+    Raises:
+        ValueError: for a path that is not on a file system of this machine.
     """
+    local = local_path(path)
+    if local is None:
+        raise ValueError(f"{os.fspath(path)!r}: DeepSpeed writes to file systems of this machine, not to URLs. Give a path, and copy it.")
     content = encode(dict(rest))
-    target = os.path.abspath(path)
+    target = os.path.abspath(local)
     if engine.checkpoint_engine.is_decoupled():  # it goes on writing when this function is done
         engine.save_checkpoint(target, tag=TAG, client_state=content, exclude_frozen_parameters=exclude_frozen_parameters)
         return
@@ -250,7 +270,7 @@ def whole_weights(saved: SavedCheckpoint) -> dict[str, Any]:
     if any(name.endswith(OPTIMIZER_STATES) for name in os.listdir(saved.folder)):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(streams.StringIO()):
+        with contextlib.redirect_stdout(streams.StringIO()), contextlib.redirect_stderr(streams.StringIO()):  # its progress
             weights.update(get_fp32_state_dict_from_zero_checkpoint(saved.path, saved.tag, lazy_mode=True))
     if saved.stage < 3:  # then weights that are not trained stand here, and without ZeRO all do
         weights = {**{name: value for name, value in content["module"].items() if name not in weights}, **weights}

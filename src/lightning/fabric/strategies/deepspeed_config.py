@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -161,6 +162,35 @@ def for_evaluation(config: Config) -> Config:
     config = {name: config[name] for name in ("zero_allow_untested_optimizer", "zero_optimization", "aio", *numbers) if name in config}
     zero = {name: value for name, value in config.get("zero_optimization", {}).items() if name != "offload_optimizer"}
     return {**config, "zero_optimization": zero}
+
+
+@dataclass
+class StepwiseScheduler:
+    """A scheduler from the configuration, as a training loop sees schedulers: stepped after each optimizer step."""
+
+    scheduler: Any
+    name: str | None = None
+    interval: str = "step"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: str | None = None
+    strict: bool = True
+
+
+_OFFLOADED = {"offload_optimizer": True, "offload_parameters": True}
+_TO_NVME = {"remote_device": "nvme", "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
+
+# The names of the strategy, each with a line about it and the arguments that it stands for.
+NAMES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("deepspeed", "DeepSpeed with its defaults: ZeRO 2", {}),
+    ("deepspeed_stage_1", "ZeRO 1: optimizer states are divided", {"stage": 1}),
+    ("deepspeed_stage_1_offload", "ZeRO 1, and the optimizer on the CPU", {"stage": 1, "offload_optimizer": True}),
+    ("deepspeed_stage_2", "ZeRO 2: gradients are divided too", {"stage": 2}),
+    ("deepspeed_stage_2_offload", "ZeRO 2, and the optimizer on the CPU", {"stage": 2, "offload_optimizer": True}),
+    ("deepspeed_stage_3", "ZeRO 3: weights are divided too", {"stage": 3}),
+    ("deepspeed_stage_3_offload", "ZeRO 3, and optimizer and weights on the CPU", {"stage": 3, **_OFFLOADED}),
+    ("deepspeed_stage_3_offload_nvme", "ZeRO 3, and optimizer and weights on NVMe", {"stage": 3, **_OFFLOADED, **_TO_NVME}),
+)
 
 
 # ---- the package ----------------------------------------------------------------------------------------------------

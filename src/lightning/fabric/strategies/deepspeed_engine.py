@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
@@ -148,7 +148,8 @@ class Engine:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate the loss."""
         if self.within_forward:  # in manual optimization: what the engine does to the result of its forward pass has not happened
-            loss = self.through(_same)(loss)
+            result = loss
+            loss = self.through(lambda: result)()  # not as an argument: weights would be given up at once when backward reaches it
         self._note_backward()
         self.raw.backward(loss, *args, **kwargs)
 
@@ -166,14 +167,25 @@ class Engine:
         if not self.has_gradients:
             return
         raw = self.raw
-        if not self.are_reduced:  # the last batch of the window was skipped
-            if raw.zero_optimization_partition_gradients():
-                raw.optimizer.finalize_gradient_accumulation_boundary()
-            else:
-                raw.allreduce_gradients()
+        if not self.are_reduced:
+            self._reduce()
         raw.step(**kwargs)
         self.has_gradients = False
         self._bound(self.clip_val)
+
+    def _reduce(self) -> None:
+        """Reduce gradients at the end of a window whose last batch was skipped."""
+        raw = self.raw
+        if raw.zero_optimization_partition_gradients():
+            raw.optimizer.finalize_gradient_accumulation_boundary()
+            return
+        optimizer = raw.optimizer
+        overlap = getattr(optimizer, "overlap_comm", False)
+        if overlap:
+            optimizer.overlap_comm = False  # else it takes for granted that backward has done it
+        raw.allreduce_gradients()
+        if overlap:
+            optimizer.overlap_comm = True
 
     def clip(self, norm: float) -> None:
         """Clip the gradients of the step to come, unless the configuration says to what."""
@@ -193,12 +205,35 @@ class Engine:
         safe_update_full_grad_vectorized(trained, lambda gradient, parameter: gradient * factor)
 
 
+def rounded_weights(module: Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Bring the weights of a module to the dtype in which an engine would have them; return them, each with what it was."""
+    changed: list[tuple[Tensor, Tensor]] = []
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            changed.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(dtype)
+    return changed
+
+
+def configure_activation_checkpointing(settings: Mapping[str, Any] | None) -> None:
+    """Tell ``deepspeed.checkpointing``, if a model uses it, what the section ``activation_checkpointing`` of the configuration says."""
+    if not settings:
+        return
+    import deepspeed
+
+    deepspeed.checkpointing.configure(
+        None,
+        partition_activations=settings.get("partition_activations"),
+        contiguous_checkpointing=settings.get("contiguous_memory_optimization"),
+        num_checkpoints=settings.get("number_checkpoints"),
+        checkpoint_in_cpu=settings.get("cpu_checkpointing"),
+        synchronize=settings.get("synchronize_checkpoint_boundary"),
+        profile=settings.get("profile"),
+    )
+
+
 def first_dimension(batch: Any) -> int | None:
     """The length of the first tensor in a batch; None if there is none with a dimension."""
     from torch.utils._pytree import tree_leaves
 
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -88,15 +88,29 @@ def set_master_weights(module: Module, weights: Mapping[str, Any], optimizer: An
         weights: as for :func:`load_weights`.
         optimizer: of the engine.
     """
-    from deepspeed.utils import safe_set_full_fp32_param
-
     linked = False
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and name in weights and (is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")):
             linked = True
-            safe_set_full_fp32_param(parameter, materialized(weights[name]).to(parameter.device, torch.float32))
+            _set_part(parameter, materialized(weights[name]))
     if not linked and hasattr(optimizer, "refresh_fp32_params"):
         optimizer.refresh_fp32_params()
+
+
+def _set_part(parameter: Any, value: Tensor, name: str | None = None) -> None:
+    """Give this process its part of the float32 copy of a parameter, or of the optimizer's state of that name."""
+    from deepspeed import utils
+
+    value = value.to(parameter.device, torch.float32)
+    if not is_partitioned(parameter):
+        utils.safe_set_full_fp32_param(parameter, value) if name is None else utils.safe_set_full_optimizer_state(parameter, value, name)
+        return
+    size = parameter.ds_tensor.numel()  # the last part is padded to the length of the others
+    start = torch.distributed.get_rank(parameter.ds_process_group) * size
+    part = torch.zeros(size, device=value.device)
+    own = value.flatten()[start : start + size]
+    part[: own.numel()] = own
+    utils.safe_set_local_fp32_param(parameter, part) if name is None else utils.safe_set_local_optimizer_state(parameter, part, name)
 
 
 # ---- optimizer states -------------------------------------------------------------------------------------------------
@@ -151,8 +165,6 @@ def _fits(value: Any, parameter: Tensor) -> bool:
 
 def _fill(optimizer: Any, basic: Any, trained: list[Parameter], values: Mapping[int, Mapping[str, Any]], flat: list[Tensor]) -> None:
     """Give each process its part of the values of all parameters."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     # What has the shape of its parameter is divided; the rest, such as the count of steps, is the same for all. With a single element
     # it can't be told.
     largest = max(values, key=lambda index: _shape_of(trained[int(index)]).numel())
@@ -169,6 +181,5 @@ def _fill(optimizer: Any, basic: Any, trained: list[Parameter], values: Mapping[
     if link is not None:
         link()
     for index, each in values.items():
-        parameter = trained[int(index)]
         for name in divided:
-            safe_set_full_optimizer_state(parameter, each[name].to(parameter.device, torch.float32), name)
+            _set_part(trained[int(index)], each[name], name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lightning.fabric.precision import NO_CONTEXT, POLICIES, DefaultDtype, Precision, convert_floating
+from lightning.fabric.precision import NO_CONTEXT, POLICIES, DefaultDtype, HalfPrecision, MixedPrecision, Precision, convert_floating
 from lightning.fabric.utilities.apply_func import apply_to_collection
 
 PRECISIONS = ("32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
@@ -46,6 +46,22 @@ class DeepSpeedPrecision(Precision):
             DefaultDtype(self.policy.param_dtype) if self.policy.param_dtype != torch.float32 else NO_CONTEXT
         )
         self.scale_loss: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, precision: Precision | None) -> DeepSpeedPrecision:
+        """The precision under DeepSpeed that another one of the same name means; None means 32 bits.
+
+        Raises:
+            ValueError: if there is none, or the other one is of a class of its own.
+        """
+        if precision is None or isinstance(precision, DeepSpeedPrecision):
+            return precision or cls("32-true")
+        if type(precision) not in (Precision, HalfPrecision, MixedPrecision):
+            raise ValueError(
+                f"The precision {type(precision).__name__} ({precision.precision!r}) does not run under DeepSpeed, whose engine casts "
+                f"weights and scales the loss itself. Use {', '.join(map(repr, PRECISIONS))}."
+            )
+        return cls(precision.precision)
 
     def convert_module(self, module: Module) -> Module:
         dtype = self.policy.param_dtype

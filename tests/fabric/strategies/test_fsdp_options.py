@@ -122,6 +122,11 @@ def test_modules_that_share_weights_with_others_are_gathered_with_them() -> None
     assert choose_units(within, (Block,), False, set()) == list(within.blocks)
 
 
+def test_layer_that_attention_never_calls_is_gathered_with_it() -> None:
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    assert choose_units(attention, (nn.Linear,), False, set()) == [attention[1]]
+
+
 def test_policy_is_not_used_where_the_user_has_divided_parts() -> None:
     with pytest.warns(UserWarning, match="auto_wrap_policy is not used"):
         assert choose_units(Model(), (Block,), True, set()) == []

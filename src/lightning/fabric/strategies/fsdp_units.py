@@ -46,7 +46,10 @@ def choose_units(module: Module, policy: Any, divided: bool, ignored: set[Any]) 
                 f"auto_wrap_policy={policy!r} chooses a {type(unit).__name__}, which is never called, so that its weights would never be "
                 "gathered. Choose the modules that it holds."
             )
-    return _without_shared(module, chosen)
+    # torch's attention computes with the weights of this layer, and never calls it.
+    return _without_shared(
+        module, [unit for unit in chosen if not isinstance(unit, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)]
+    )
 
 
 def mesh_of(module: Module) -> Any:

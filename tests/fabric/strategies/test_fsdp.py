@@ -312,7 +312,7 @@ def test_module_is_divided_between_steps_and_can_be_called_there() -> None:
         assert [name for name, value in facts.items() if value is not True] == []
 
 
-def divided_by_the_user(rank: int, size: int, whole: bool) -> list[Any]:
+def divided_by_the_user(rank: int, size: int, whole: bool, precision: str | None) -> list[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -320,16 +320,36 @@ def divided_by_the_user(rank: int, size: int, whole: bool) -> list[Any]:
     mesh = init_device_mesh("cpu", (size,))
     for unit in (module.first, module.last, *((module,) if whole else ())):
         fully_shard(unit, mesh=mesh)
-    strategy = fsdp(size, auto_wrap_policy=None)
+    strategy = fsdp(size, auto_wrap_policy=None, precision=PRECISIONS[precision]() if precision else None)
     optimizer = set_up(strategy, module, lr=0.02, momentum=0.9)
-    fit(strategy, optimizer, [part(batch, rank, size) for batch in batches()])
+    fit(strategy, optimizer, [strategy.precision.convert_input(part(batch, rank, size)) for batch in batches()])
     root = root_of(module)
     assert root is not None
-    return [weights(strategy), len(root.units)]
+    return [weights(strategy), len(root.units), str(module.first.weight.dtype)]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_module_that_the_user_has_divided_is_not_divided_twice(whole: bool) -> None:
-    for found, units in run(divided_by_the_user, 2, whole):
+@pytest.mark.parametrize(("whole", "precision"), [(True, None), (False, None), (True, "64-true")])
+def test_module_that_the_user_has_divided_is_not_divided_twice(whole: bool, precision: str | None) -> None:
+    for found, units, dtype in run(divided_by_the_user, 2, whole, precision):
         assert units == 3
+        assert dtype == ("torch.float64" if precision else "torch.float32")
         assert largest_difference(found, alone("net", "sgd", {})[0]) < TOLERANCE
+
+
+def interrupted(rank: int, size: int) -> list[Any]:
+    """A run that ends within a window, and another one with the same module."""
+    data = [part(batch, rank, size) for batch in batches()]
+    module = Odd()
+    strategy = fsdp(size)
+    set_up(strategy, module, lr=0.1)
+    with strategy.no_backward_sync():
+        strategy.backward(strategy.bind("training_step")(data[0] * 5, 0))
+    strategy.teardown()
+    strategy = fsdp(size)
+    fit(strategy, set_up(strategy, module, lr=0.02, momentum=0.9), data)
+    return [weights(strategy)]
+
+
+def test_gradients_of_a_window_that_was_not_finished_are_gone_in_the_next_run() -> None:
+    for (found,) in run(interrupted, 2):
+        assert largest_difference(found, alone("odd", "sgd", {})[0]) < TOLERANCE

@@ -22,6 +22,7 @@ from lightning.fabric.strategies.meta_device import materialize
 from lightning.fabric.strategies.objects import restore
 from lightning.fabric.strategies.parallel import DEFAULT_LIMIT, DEFAULT_TIMEOUT, ParallelStrategy
 from lightning.fabric.utilities.cloud_io import local_path
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators.accelerator import Accelerator
@@ -189,12 +190,12 @@ class FSDPStrategy(ParallelStrategy):
         root = root_of(module)
         if root is not None:
             self.module_to_device(module)
+            root.discard_gradients()
             self._roots.append(root)
             return module
         divided = any(isinstance(part, FSDPModule) for part in module.modules())
-        if not divided:
-            module = self.precision.convert_module(module)
-            module = self._synchronize_layers(module)
+        module = self.precision.convert_module(module)
+        module = self._synchronize_layers(module, divided)
         if not any(True for _ in module.parameters()):
             self.module_to_device(module)
             return module
@@ -221,8 +222,13 @@ class FSDPStrategy(ParallelStrategy):
 
         module._apply(move)
 
-    def _synchronize_layers(self, module: Module) -> Module:
+    def _synchronize_layers(self, module: Module, divided: bool) -> Module:
         if self.layer_sync is None:
+            return module
+        if divided:
+            rank_zero_warn(
+                "Parts of the module were given to `fully_shard` already, so its layers can't be synchronised: do so before that."
+            )
             return module
         from torch.nn.modules.batchnorm import _BatchNorm
 

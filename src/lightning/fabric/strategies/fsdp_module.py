@@ -380,6 +380,16 @@ class Root:
                 found[name] = total
         return found
 
+    def discard_gradients(self) -> None:
+        """Forget the gradients of an accumulation window that an earlier run did not finish."""
+        for group in self.groups:
+            for each in group.fsdp_params:
+                each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):
+                    each._unsharded_param.grad = None
+        for inner, _ in self.whole.pairs:
+            inner.grad = None
+
     def reset(self) -> None:
         """Forget a forward or backward pass that was broken off; nothing waits for another process."""
         self.busy = self.manual = False

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
@@ -202,6 +202,7 @@ def shared_out(rank: int, size: int) -> dict[str, Any]:
     )
     everything = fabric.setup_dataloaders(DataLoader(data), use_distributed_sampler=False)
     mine = fabric.setup_dataloaders(DataLoader(data, sampler=own))
+    batched = fabric.setup_dataloaders(DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False)))
     return {
         "ordered": passes(ordered),
         "shuffled": passes(shuffled, 2),
@@ -209,6 +210,7 @@ def shared_out(rank: int, size: int) -> dict[str, Any]:
         "everything": passes(everything),
         "own": passes(mine) == [list(own)],
         "length": len(ordered),
+        "sizes": [len(batch) for (batch,) in batched],
     }
 
 
@@ -221,7 +223,7 @@ def test_loaders_are_shared_out() -> None:
     assert first["shuffled"][0] != first["shuffled"][1]
     for facts in (first, second):
         assert facts["everything"] == [[0, 1, 2, 3, 4]]
-        assert (facts["own"], facts["random"], facts["length"]) == (True, 2, 2)
+        assert (facts["own"], facts["random"], facts["length"], facts["sizes"]) == (True, 2, 2, [2, 1])
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------

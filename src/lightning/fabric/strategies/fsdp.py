@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -13,26 +13,23 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning.fabric import collectives
-from lightning.fabric.checkpoint import io, sharded
-from lightning.fabric.precision import Precision
 from lightning.fabric.strategies import fsdp_options, fsdp_units, sharding
 from lightning.fabric.strategies.fsdp_module import Plan, Root, WholeParameters, divide, root_of
 from lightning.fabric.strategies.meta_device import materialize
-from lightning.fabric.strategies.objects import restore
-from lightning.fabric.strategies.parallel import DEFAULT_LIMIT, DEFAULT_TIMEOUT, ParallelStrategy
-from lightning.fabric.utilities.cloud_io import local_path
+from lightning.fabric.strategies.parallel import DEFAULT_LIMIT, DEFAULT_TIMEOUT
+from lightning.fabric.strategies.sharded import ShardedStrategy
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators.accelerator import Accelerator
     from lightning.fabric.checkpoint.io import CheckpointIO
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.precision import Precision
 
 STATE_DICT_TYPES = ("full", "sharded")
 
 
-class FSDPStrategy(ParallelStrategy):
+class FSDPStrategy(ShardedStrategy):
     """Train in several processes, each with a part of every weight and a part of the data (``torch.distributed.fsdp.fully_shard``).
 
     The modules that ``auto_wrap_policy`` chooses are gathered one after the other, when their turn comes, so it should choose the
@@ -79,10 +76,6 @@ class FSDPStrategy(ParallelStrategy):
     """
 
     strategy_name = "fsdp"
-    forward_is_collective = True
-    restore_checkpoint_after_setup = True
-    lightning_restore_optimizer = True
-    handles_gradient_accumulation = False
 
     def __init__(
         self,
@@ -128,12 +121,17 @@ class FSDPStrategy(ParallelStrategy):
             device_mesh,
             kwargs,
         )
-        self.state_dict_type = state_dict_type
+        self.saves_directories = state_dict_type == "sharded"
         self.device_mesh: Any = None  # of the run, once the processes have met
         self._roots: list[Root] = []
         self._handles: list[Any] = []
 
     # ---- what was asked for -----------------------------------------------------------------------------------------
+
+    @property
+    def state_dict_type(self) -> str:
+        """The form of checkpoints: ``"full"`` or ``"sharded"``."""
+        return "sharded" if self.saves_directories else "full"
 
     @property
     def sharding_strategy(self) -> str:
@@ -346,119 +344,30 @@ class FSDPStrategy(ParallelStrategy):
         """Another name of :meth:`no_backward_sync`, for manual optimization."""
         return self.no_backward_sync()
 
-    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Literal["norm", "value"] | str = "norm") -> None:
-        """Clip the gradients of the optimizer's parameters, by the norm that all of them have together, or by value.
-
-        Raises:
-            ValueError: if the algorithm is another.
-        """
-        if clip_val <= 0:
-            return
-        if algorithm not in ("norm", "value"):
-            raise ValueError(f"gradient_clip_algorithm={algorithm!r} is not known. Accepted: 'norm', 'value'.")
-        precision = self.precision
-        own = type(precision)
-        if own.clip_gradients is not Precision.clip_gradients or getattr(own, f"clip_grad_by_{algorithm}") is not getattr(
-            Precision, f"clip_grad_by_{algorithm}"
-        ):
-            precision.clip_gradients(optimizer, clip_val, algorithm)
-            return
-        precision.unscale_gradients(optimizer)
-        if algorithm == "norm":
-            sharding.clip_norm_(precision.main_params(optimizer), clip_val)
-        else:
-            sharding.clip_value_(precision.main_params(optimizer), clip_val)
-
-    def clip_gradients_norm(
-        self, module: Module, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
-    ) -> Tensor:
-        self.precision.unscale_gradients(optimizer)
-        return sharding.clip_norm_(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
-
-    def sync_buffers(self) -> None:
-        """Give every process the buffers of rank 0, which are those that a checkpoint holds."""
-        if self.module is not None:
-            collectives.broadcast_tensors(buffer for buffer in self.module.buffers() if not sharding.is_dtensor(buffer))
-
     # ---- state ------------------------------------------------------------------------------------------------------
 
-    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        """The weights of a module, gathered on rank 0, or, for a sharded checkpoint, as they are divided; every process must call it."""
+    def reshard(self, module: Module) -> None:
+        """Let go of weights that are gathered, so that the module has those that optimizers and checkpoints know."""
         root = root_of(module)
         if root is not None:
             root.reshard()
-        state = module.state_dict()
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        state, root = super().get_module_state_dict(module), root_of(module)
         for name, dtype in {} if root is None else root.buffer_dtypes.items():
             if name in state:
                 state[name] = state[name].to(dtype)
-        return state if self.state_dict_type == "sharded" else sharding.full_state(state)
+        return state
 
     def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_module_state_dict(module, state_dict, strict)
         root = root_of(module)
-        if root is not None:
-            root.reshard()
-        sharding.load_sharded_state_dict(module, state_dict, strict)
         if root is not None:
             root.without_value = [name for name in root.without_value if name not in state_dict]
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = optimizer.state_dict()
-        return state if self.state_dict_type == "sharded" else sharding.full_state(state)
-
-    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        sharding.load_optimizer_state(optimizer, state)
-
-    def accumulated_gradients(self) -> dict[str, Tensor]:
-        """The gradients of an accumulation window that is not over, by name, as a checkpoint holds them; every process must call it."""
+    def mean_gradients(self) -> dict[str, Tensor]:
         root = root_of(self.module)
-        gradients = {} if root is None else root.accumulated_gradients()
-        return gradients if self.state_dict_type == "sharded" else sharding.full_state(gradients)
-
-    def load_accumulated_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Go on with an accumulation window: give the parameters what :meth:`accumulated_gradients` returned."""
-        assert self.module is not None
-        for name, parameter in self.module.named_parameters():
-            if name in gradients:
-                parameter.grad = sharding.distribute_like(sharded.materialized(gradients[name]), parameter)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint as one file, or as a directory: all of it, or nothing.
-
-        Raises:
-            TypeError: for storage options, or a checkpoint plugin, with sharded checkpoints.
-        """
-        if self.state_dict_type == "full":
-            super().save_checkpoint(sharding.full_state(checkpoint), filepath, storage_options)
-            return
-        if storage_options is not None or type(self.checkpoint_io) is not io.TorchCheckpointIO:
-            given = f"storage_options={storage_options!r}" if storage_options is not None else type(self.checkpoint_io).__name__
-            raise TypeError(
-                f"{given} was given, and sharded checkpoints are written by all processes, past it. Leave it out, or use "
-                "FSDPStrategy(state_dict_type='full')."
-            )
-        sharding.save_sharded_checkpoint(checkpoint, filepath)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of either form, such that a machine holds its weights once, however many processes it has.
-
-        In that of a directory, weights and optimizer states are left unread until they are loaded.
-        """
-        return self._read(checkpoint_path, weights_only, sharded.LEFT_UNREAD)
-
-    def _read(self, path: Any, weights_only: bool | None, left_unread: Iterable[str]) -> dict[str, Any]:
-        if type(self.checkpoint_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
-            return super().load_checkpoint(path, weights_only)
-        if sharded.is_sharded_checkpoint(path):
-            return sharded.open_sharded(path, weights_only, left_unread)
-        mapped = local_path(path) is not None
-        return io.load(path, io.keep_on_cpu, weights_only, mmap=mapped)  # type: ignore[no-any-return]
-
-    def load_state(
-        self, path: Any, state: MutableMapping[str, Any] | None = None, strict: bool = True, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        given = state or {}
-        checkpoint = self._read(path, weights_only, [name for name, value in given.items() if isinstance(value, (Module, Optimizer))])
-        return restore(self, checkpoint, given, strict) if given else checkpoint
+        return {} if root is None else root.accumulated_gradients()
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import sys
 import threading
@@ -79,6 +80,7 @@ class ParallelStrategy(Strategy):
         self.watchdog_timeout = watchdog_timeout
         self.side_channel: SideChannel | None = None  # between the processes of a run, while there is one
         self.watchdog: Watchdog | None = None
+        self.failing = False  # this process has raised, and ends its run: there is nobody to talk to any more
         self.layer_sync: LayerSync | None = None
         self._process_group_backend = process_group_backend
 
@@ -131,6 +133,7 @@ class ParallelStrategy(Strategy):
 
     def setup_environment(self) -> None:
         """Make the device ready, and meet the other processes; all of them must call it."""
+        self.failing = False
         self.set_world_ranks()
         super().setup_environment()
         self.setup_distributed()
@@ -190,7 +193,7 @@ class ParallelStrategy(Strategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the others why this process fails, and leave them at once, without a farewell that they would have to answer."""
-        Leaving.failed = True
+        Leaving.failed = self.failing = True
         if self.side_channel is not None:
             self.side_channel.fail(exception)
         self._stop_watching()
@@ -203,28 +206,37 @@ class ParallelStrategy(Strategy):
             self.cluster_environment.teardown()
 
     # ---- processes --------------------------------------------------------------------------------------------------
+    # A process that fails speaks for itself alone: nobody would answer.
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return collectives.reduce(tensor, reduce_op, group)
+        return tensor if self.failing else collectives.reduce(tensor, reduce_op, group)
 
     def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
         """Reduce many values, each with those of the same name; see :func:`lightning.fabric.collectives.reduce_named`."""
-        return collectives.reduce_named(values, group)
+        return super().reduce_named(values) if self.failing else collectives.reduce_named(values, group)
 
     def compare(self, kinds: Mapping[str, str], details: Any = None) -> list[Any] | None:
-        return collectives.compare(kinds, details)
+        return None if self.failing else collectives.compare(kinds, details)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather a tensor from all processes.
+
+        Raises:
+            RuntimeError: in a process that fails.
+        """
+        if self.failing:
+            raise RuntimeError("This process has failed, so it can't gather anything from the others any more.")
         return collectives.all_gather(tensor, group, sync_grads)
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return collectives.broadcast(obj, src)
+        return obj if self.failing else collectives.broadcast(obj, src)
 
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        collectives.barrier()
+        if not self.failing:
+            collectives.barrier()
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return collectives.reduce_boolean_decision(decision, all)
+        return decision if self.failing else collectives.reduce_boolean_decision(decision, all)
 
 
 def default_backend(device: torch.device) -> str | None:
@@ -300,6 +312,8 @@ class Leaving:
     def at_exit(cls) -> None:
         """Leave the group, whether or not the others do."""
         failed = cls.failed or getattr(sys, "last_value", None) is not None  # an error that nobody caught
+        if failed:
+            _never_free_gloo()
         # NCCL's communicators say farewell to each other, and wait for ever for a process that never does. So it happens in a thread.
         thread = threading.Thread(target=_break_off if failed else _say_farewell, daemon=True, name="leave-process-group")
         with suppress(RuntimeError):  # some releases of Python start no thread so late; then the operating system closes what is open
@@ -310,6 +324,15 @@ class Leaving:
 def _say_farewell() -> None:
     if collectives.is_distributed():
         torch.distributed.destroy_process_group()
+
+
+def _never_free_gloo() -> None:
+    """Keep the objects of gloo: when they are freed they wait for collectives that this process has begun, and others never will."""
+    if not collectives.is_distributed():
+        return
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        with suppress(RuntimeError):  # a group without a backend for the CPU
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group._get_backend(torch.device("cpu"))))
 
 
 def _break_off() -> None:

@@ -17,12 +17,12 @@ from lightning.fabric import Fabric
 
 def train(fabric, text, end="."):
     """Each process adds its rank; what they come to is the same in all of them."""
+    seed = torch.initial_seed()
     torch.manual_seed(0)
     module = torch.nn.Linear(2, 1)
     model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
     fabric.backward(model(torch.full((1, 2), float(fabric.global_rank))).sum())
     total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op="sum")
-    seed = torch.initial_seed()
     return [text + end, fabric.world_size, total.item(), module.weight.grad[0, 0].item(), seed]
 
 
@@ -33,6 +33,7 @@ class Running(Fabric):
 
 def main(how):
     if how == "again":
+        torch.manual_seed(0)
         fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", num_nodes=1)
         fabric.launch()
         fabric.launch()
@@ -86,7 +87,7 @@ def test_script_runs_again_in_the_other_process_and_both_go_on(tmp_path: Path) -
 def test_functions_run_in_new_processes_and_the_result_of_the_first_comes_back(tmp_path: Path) -> None:
     done = run(tmp_path, "copies")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == [f"result ['{how}.', 2, 3.0, 0.5, 0]" for how in ("spawned", "forked")]
+    assert done.stdout.splitlines()[:2] == [f"result ['{how}.', 2, 3.0, 0.5, 3]" for how in ("spawned", "forked")]
     assert "2 processes were asked for, and this one has not been launched" in done.stdout
     assert "Seed set to 3" in done.stderr
 

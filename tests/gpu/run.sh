@@ -44,5 +44,6 @@ case " $* " in
 *) check check_utilities_cuda.py ;;
 esac
 check check_trainer_cuda.py "$@"
+check check_fabric_cuda.py "$@"
 printf '\n=== summary\n%s' "$summary"
 exit "$failed"

@@ -17,6 +17,7 @@ from sharded import fit, fsdp, optimizer_state, set_up, weights
 from training import Net, batches, largest_difference, part
 
 from lightning.fabric.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
 from lightning.fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision
 from lightning.fabric.strategies.fsdp_module import root_of
 from lightning.fabric.strategies.sharding import full_tensor, total_norm
@@ -156,6 +157,8 @@ PRECISIONS: dict[str, Any] = {
     "bf16-true": lambda: HalfPrecision("bf16-true"),
     "16-true": lambda: HalfPrecision("16-true"),
     "64-true": DoublePrecision,
+    "FSDPPrecision bf16-true": lambda: FSDPPrecision("bf16-true"),
+    "FSDPPrecision 16-mixed": lambda: FSDPPrecision("16-mixed", torch.amp.GradScaler("cpu", init_scale=2.0**10)),  # type: ignore[attr-defined]
 }
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -190,7 +193,7 @@ def test_every_precision_trains_the_same_weights(name: str) -> None:
     fit(reference, optimizer, [reference.precision.convert_input(batch) for batch in batches()], clip=(5.0, "norm"))
     expected, tolerance = weights(reference), 1e-12 if name == "64-true" else 2e-2
     for found, losses, dtypes, _ in run(in_precision, 2, name, "net", None):
-        assert dtypes == [str(DTYPES.get(name, torch.float32))]
+        assert dtypes == [str(DTYPES.get(name.split()[-1], torch.float32))]
         found.pop("offset")
         assert largest_difference(found, expected) < tolerance
         assert torch.tensor(losses).isfinite().all()

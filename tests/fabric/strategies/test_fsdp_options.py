@@ -33,6 +33,7 @@ from processes import run
 from sharded import fit, fsdp, set_up, weights
 from training import largest_difference
 
+from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
 from lightning.fabric.precision import MixedPrecision as Mixed
 from lightning.fabric.strategies import fsdp_options
 from lightning.fabric.strategies.fsdp import FSDPStrategy
@@ -148,6 +149,18 @@ def test_precision_becomes_a_policy() -> None:
     assert policy(CUDA, "bf16-mixed", mixed_precision=own) is own
     old = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     assert policy(CUDA, mixed_precision=old) == MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=True)
+
+
+def test_precision_under_its_documented_name() -> None:
+    mixed, full = FSDPPrecision("bf16-mixed"), FSDPPrecision("32-true")
+    assert mixed.mixed_precision_config == MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    assert FSDPStrategy(parallel_devices=[CUDA], precision_plugin=mixed).mixed_precision_config == mixed.mixed_precision_config
+    assert (full.mixed_precision_config, full.scaler, full.state_dict()) == (MixedPrecisionPolicy(), None, {})
+    data = torch.zeros(1, dtype=torch.float64)
+    assert full.convert_input(data) is data
+    for arguments, said in ((("8-true",), "'8-true'"), (("bf16-mixed", torch.amp.GradScaler("cpu")), "leave out scaler")):  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=said):
+            FSDPPrecision(*arguments)
 
 
 @pytest.mark.parametrize(

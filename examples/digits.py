@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import warnings
 from pathlib import Path
 
 import torch
@@ -137,6 +138,7 @@ def draw(metrics: Path, predictions: dict[str, Tensor], title: str, file: Path) 
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the data lie in memory
     parser = argparse.ArgumentParser(description="Train, test and draw a convolutional network on handwritten digits.")
     parser.add_argument("--max-epochs", type=int, default=30)
     parser.add_argument("--accelerator", default="auto")

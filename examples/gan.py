@@ -7,6 +7,7 @@ real ones (Fréchet distance of the pixels' mean and covariance), beside the dis
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -89,6 +90,7 @@ def save_picture(images: Tensor, file: Path) -> None:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the data lie in memory
     parser = argparse.ArgumentParser(description="Train a generative adversarial network on handwritten digits.")
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
     parser.add_argument("--accelerator", default="auto")

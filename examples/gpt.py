@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -122,6 +123,7 @@ class GPT(L.LightningModule):
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the data lie in memory
     parser = argparse.ArgumentParser(description="Train a small GPT on the texts behind Python's help().")
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps")
     parser.add_argument("--accelerator", default="auto")

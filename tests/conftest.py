@@ -15,6 +15,8 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     torch.manual_seed(1)
+    # A machine of two cores, wherever the tests run: on others a loader without workers is told to have some.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     before = dict(os.environ)
     yield
     # Seeds and addresses travel in the environment: what one test left there must not reach the next.

@@ -116,6 +116,7 @@ def _child(pipe: Any, where: tuple[str, str], rank: int, size: int, arguments: t
     torch.set_num_threads(1)
     torch.manual_seed(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # on a machine with many cores
     started = time.monotonic()
     try:
         if store is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.data import limited
 from lightning.pytorch.utilities import CombinedLoader
@@ -294,3 +295,35 @@ def test_batches_of_any_structure_reach_the_step_as_they_are(batches: Any) -> No
     assert batches(DataLoader(data, batch_size=2)) == [[[[0.0, 1.0], [10.0, 11.0]], [[2.0, 3.0], [12.0, 13.0]]]]
     texts = DataLoader([{"x": 1.0, "name": "a"}, {"x": 2.0, "name": "b"}], batch_size=2)  # type: ignore[arg-type]
     assert batches(texts) == [[{"x": [1.0, 2.0], "name": ["a", "b"]}]]
+
+
+# ---- workers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``cores(n)``: let the machine have so many."""
+    return lambda count: monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(count)), raising=False)
+
+
+@pytest.mark.parametrize(("task", "stage"), [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "predict")])
+def test_few_workers_are_told_where_there_are_cores_for_more(
+    Weight: Any, Evaluated: Any, make_trainer: Any, numbers: Any, cores: Any, task: str, stage: str
+) -> None:
+    cores(4)
+    trainer, model = make_trainer(), Weight() if task == "fit" else Evaluated()
+    with pytest.warns(PossibleUserWarning, match=f"'{stage}_dataloader' does not have many workers.*num_workers=3") as told:
+        getattr(trainer, task)(model, numbers(1))
+    assert len(told) == 1
+    getattr(trainer, task)(model, numbers(1))  # once is enough
+
+
+@pytest.mark.parametrize(("count", "workers"), [(2, 0), (4, 2)], ids=["few cores", "workers"])
+def test_nothing_is_told_of_workers_where_nothing_would_be_won(batches: Any, numbers: Any, cores: Any, count: int, workers: int) -> None:
+    cores(count)
+    assert batches(numbers(2, num_workers=workers)) == [[[0.0], [1.0]]]
+
+
+def test_nothing_is_told_of_workers_to_those_that_have_no_data_loader(batches: Any, cores: Any) -> None:
+    cores(16)
+    assert batches(Endless(), limit_train_batches=1) == [[[0.0]]]

@@ -64,8 +64,15 @@ def test_gradients_of_half_an_accumulation_window_are_in_the_checkpoint(Weight: 
     assert resumed.weight.item() == -2.5  # the mean of 1, 2, 3 and 4
 
 
-def test_run_that_max_steps_ended_goes_on_in_its_epoch(Weight: Any, make_trainer: Any, numbers: Any) -> None:
-    make_trainer(max_epochs=-1, max_steps=6, callbacks=Save(at=2, hook="on_train_epoch_end")).fit(Weight(), numbers(4))
+@pytest.mark.parametrize("saved", ["on_train_epoch_end", "on_train_end", "on_fit_end", "after fit"])
+def test_run_that_max_steps_ended_goes_on_in_its_epoch(Weight: Any, make_trainer: Any, numbers: Any, saved: str) -> None:
+    at_end = saved == "after fit"
+    save = Save(at=2 if saved == "on_train_epoch_end" else 1, hook="on_train_end" if at_end else saved)
+    trainer = make_trainer(max_epochs=-1, max_steps=6, callbacks=None if at_end else save)
+    trainer.fit(Weight(), numbers(4))
+    assert trainer.current_epoch == 2
+    if at_end:
+        trainer.save_checkpoint("saved.ckpt")
     resumed = Weight()
     make_trainer(max_epochs=-1, max_steps=9).fit(resumed, numbers(4), ckpt_path="saved.ckpt")
     assert resumed.seen == [[2.0], [3.0], [0.0]]
@@ -287,19 +294,33 @@ def test_evaluation_steps_may_return_anything(Weight: Any, make_trainer: Any, nu
     assert type(seen[0]) is type(result)
 
 
-def test_hook_that_is_set_in_mid_run_counts_from_the_next_run_on(Weight: Any, make_trainer: Any, numbers: Any) -> None:
-    calls: list[int] = []
+def test_hook_that_is_set_within_an_epoch_counts_from_the_next_one_on(Weight: Any, make_trainer: Any, numbers: Any) -> None:
+    calls: list[tuple[int, int]] = []
 
     class Model(Weight):  # type: ignore[misc]
-        def on_train_start(self) -> None:
-            self.on_train_batch_end = lambda outputs, batch, batch_idx: calls.append(batch_idx)
+        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+            self.on_train_batch_end = lambda outputs, batch, batch_idx: calls.append((self.trainer.current_epoch, batch_idx))
 
-    model, trainer = Model(), make_trainer()
-    trainer.fit(model, numbers(2))
-    assert calls == []
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(model, numbers(2))
-    assert calls == [0, 1]
+    make_trainer(max_epochs=2).fit(Model(), numbers(2))
+    assert calls == [(1, 0), (1, 1)]
+
+
+def test_callback_that_is_added_in_a_hook_hears_the_next_one(Weight: Any, make_trainer: Any, numbers: Any) -> None:
+    heard: list[str] = []
+
+    class Late(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            heard.append("on_train_start")
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            heard.append("on_train_end")
+
+    class Adds(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.callbacks.append(Late())
+
+    make_trainer(callbacks=Adds()).fit(Weight(), numbers(1))
+    assert heard == ["on_train_end"]
 
 
 @pytest.mark.parametrize("function", ["test", "validate"])

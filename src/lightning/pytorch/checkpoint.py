@@ -54,8 +54,9 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         loop = trainer.fit_loop
         if loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate:  # inside an accumulation window
             checkpoint["keraunos"]["gradients"] = {name: q.grad for name, q in module.named_parameters() if q.grad is not None}
-        if loop.loader is not None and loop.progress.batch_idx > 0:
-            checkpoint["keraunos"]["data"] = describe(loop.loader, loop.progress.batch_idx, trainer._data.replicas[0])
+        batches = loop.progress.position()["batch_idx"]
+        if loop.loader is not None and batches > 0:
+            checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", None)
@@ -80,7 +81,7 @@ def _is_omega(value: Any) -> bool:
 
 def _loops_state(trainer: Trainer) -> dict[str, Any]:
     return {
-        "fit_loop": {"state_dict": {}, "progress": trainer.fit_loop.progress.state_dict()},
+        "fit_loop": {"state_dict": {}, "progress": trainer.fit_loop.progress.position()},
         "validate_loop": {"state_dict": {}, "seen": list(trainer.validate_loop.seen)},
         "test_loop": {"state_dict": {}},
         "predict_loop": {"state_dict": {}},

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.data import (
     seed_workers,
     set_sampler_epoch,
     sized_len,
+    suggested_max_num_workers,
 )  # fmt: skip
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -123,6 +124,8 @@ class RunData:
         self.trainer = trainer
         self.given: dict[str, Any] = {}
         self.loaded: dict[str, Any] = {}
+        self.counts: dict[str, Any] = {}  # batches of each stage's loaders, those of earlier runs too
+        self.told_of_workers: set[str] = set()  # the stages that were
         self.train_epoch: int | None = None  # the epoch in which a loader was asked for last
         self.val_epoch: int | None = None
         self.rest_epoch: int | None = None  # the epoch that another number of processes began
@@ -140,6 +143,7 @@ class RunData:
         if "train" not in self.loaded:
             self.train_epoch = self.trainer.current_epoch
             self.loaded["train"] = self._load_train()
+            self.counts["train"] = self.loaded["train"].num_batches
         return self.loaded["train"]  # type: ignore[no-any-return]
 
     def reload_train_if_due(self, epoch: int) -> None:
@@ -199,6 +203,7 @@ class RunData:
         combined.flattened = [strategy.process_dataloader(loader) for loader in combined.flattened]
         for loader in combined.flattened:
             _check_iterable(loader, self._asked_what("train"))
+            self._warn_of_few_workers(loader, "train")
             seed_workers(loader, strategy.global_rank)
         length = combined.batch_count()
         if config.limit_train_batches != 0 and self._is_empty(length):
@@ -236,6 +241,20 @@ class RunData:
                 category=PossibleUserWarning,
             )
 
+    def _warn_of_few_workers(self, loader: Any, stage: str) -> None:
+        """Tell, once for each stage, where other cores could prepare the data while this one computes."""
+        if stage in self.told_of_workers or not isinstance(loader, DataLoader) or loader.num_workers > 1:
+            return
+        advised = suggested_max_num_workers(self.trainer.num_devices)
+        if advised > 1:
+            self.told_of_workers.add(stage)
+            # `does not have many workers` is what filters of warnings written for Lightning look for.
+            rank_zero_warn(
+                f"The '{stage}_dataloader' does not have many workers ({loader.num_workers}): computing may wait for data. "
+                f"This machine has the cores for `DataLoader(..., num_workers={advised})`.",
+                category=PossibleUserWarning,
+            )
+
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation(self, stage: str) -> EvalLoaders:
@@ -244,6 +263,7 @@ class RunData:
             if stage == "val":
                 self.val_epoch = self.trainer.current_epoch
             self.loaded[stage] = self._load_evaluation(stage)
+            self.counts[stage] = self.loaded[stage].num_batches
         return self.loaded[stage]  # type: ignore[no-any-return]
 
     def has(self, stage: str) -> bool:
@@ -264,6 +284,7 @@ class RunData:
         counts: list[float] = []
         for i, loader in enumerate(loaders):
             _check_iterable(loader, self._asked_what(stage))
+            self._warn_of_few_workers(loader, stage)
             if stage == "val" and config.overfit_batches > 0:
                 loader = _unshuffled(loader, stage)
             elif is_shuffled(loader):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
+SETTABLE_HOOKS = frozenset((*EVENT_HOOKS, *MODULE_HOOKS, *DATA_HOOKS, "clip_gradients"))
+
 # Removed hooks of the module whose results code relies on, and where they were called; the other removed ones only warn.
 REFUSED_HOOKS = {"training_epoch_end": ("fit",), "validation_epoch_end": ("fit", "validate"), "test_epoch_end": ("test",)}
 
@@ -53,6 +55,11 @@ class Hooks:
     def __init__(
         self, trainer: Any, module: LightningModule, callbacks: Sequence[Callback], metrics: Metrics, profiler: Any = None
     ) -> None:
+        self._context = trainer, module, metrics, profiler
+        self._resolve_all(callbacks)
+
+    def _resolve_all(self, callbacks: Sequence[Callback]) -> None:
+        trainer, module, metrics, profiler = self._context
         # What a checkpoint callback saves must hold what module and schedulers did at the epoch's end.
         savers = [c for c in callbacks if isinstance(c, Checkpoint)]
         others = [c for c in callbacks if not isinstance(c, Checkpoint)]
@@ -60,9 +67,28 @@ class Hooks:
             heard = others if name == "on_train_epoch_end" else callbacks
             setattr(self, name, _resolve(name, trainer, module, heard, metrics, profiler))
         self.on_train_epoch_end_checkpoints = _resolve("on_train_epoch_end", trainer, None, savers, metrics, profiler)
+        self._owners = [module, *callbacks]
+        self._set_on_instances = _set_on_instances(self._owners)
+
+    def refresh(self, callbacks: Sequence[Callback]) -> bool:
+        """Resolve anew if callbacks came or went, or hooks were set on an instance, in mid-run.
+
+        Returns:
+            whether anything has changed.
+        """
+        owners = [self._context[1], *callbacks]
+        if list(map(id, owners)) == list(map(id, self._owners)) and _set_on_instances(owners) == self._set_on_instances:
+            return False
+        self._resolve_all(callbacks)
+        return True
 
     def __getattr__(self, name: str) -> Hook:  # for the type checker: __init__ sets one attribute per event
         raise AttributeError(name)
+
+
+def _set_on_instances(owners: Sequence[Any]) -> list[dict[str, Any]]:
+    """The hooks that were set on the instances themselves, for each owner."""
+    return [{name: vars(owner)[name] for name in vars(owner).keys() & SETTABLE_HOOKS} for owner in owners]
 
 
 def _resolve(

@@ -41,6 +41,13 @@ def test_local_path_is_none_for_remote_urls_only(path: str | Path, local: str | 
     assert is_local(path) == (local is not None)
 
 
+def test_local_path_leads_home_from_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_path("~/a") == "/home/me/a"
+    assert local_path("a/~") == "a/~"
+    assert local_path("s3://~/a") is None
+
+
 def test_join_path_keeps_url_separators() -> None:
     assert join_path("a", "b", "c") == os.path.join("a", "b", "c")
     assert join_path(Path("a"), "b") == os.path.join("a", "b")

@@ -98,7 +98,7 @@ def test_remote_storage_takes_metrics_and_hyperparameters() -> None:
         logger.log_hyperparams({"step": step})
         logger.finalize("success")
     assert isinstance(logger.experiment, ExperimentWriter)
-    assert filesystem.cat_file("memory://runs/n/v/metrics.csv") == b"m0,step,m1\r\n1,0,\r\n,1,1\r\n"
+    assert filesystem.cat_file("memory://runs/n/v/metrics.csv") == b"m0,m1,step\r\n1,,0\r\n,1,1\r\n"
     assert filesystem.cat_file("memory://runs/n/v/hparams.yaml") == b"step: 1\n"
     assert len(filesystem.find("memory://runs")) == 2
     filesystem.rm("memory://runs", recursive=True)

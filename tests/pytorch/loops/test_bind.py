@@ -155,3 +155,24 @@ def test_outputs_lose_their_graphs_and_keep_their_structure() -> None:
         assert detach(weight * 5) == {"loss": 5.0}
         assert not detach(None)
     assert outputs["loss"].requires_grad  # type: ignore[union-attr]
+
+
+def test_zero_grad_that_is_set_on_the_optimizer_is_called(Weight: Any, make_trainer: Any, numbers: Any) -> None:
+    calls: list[int] = []
+
+    class Model(Weight):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            plain = optimizer.zero_grad
+
+            def zero_grad(set_to_none: bool = True) -> None:
+                calls.append(len(self.seen))
+                plain(set_to_none)
+
+            optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+            return optimizer
+
+    model = Model()
+    make_trainer(accumulate_grad_batches=2).fit(model, numbers(4))
+    assert calls == [1, 3]
+    assert model.weight.item() == -3.0

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.loops.evaluate import print_results
 from lightning.pytorch.utilities import CombinedLoader
 
 BOTH = pytest.mark.parametrize("task", ["validate", "test"])
@@ -79,14 +78,16 @@ def test_table_is_printed_only_where_wanted(Evaluated: Any, make_trainer: Any, n
     assert "val" in capsys.readouterr().out
 
 
-def test_table_has_a_column_for_each_loader(capsys: pytest.CaptureFixture[str]) -> None:
-    print_results([{"a": 1.0}, {"b": 0.123456789}], "validate")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["Validate", "metric", "DataLoader", "0", "DataLoader", "1"]
-    assert lines[3].split() == ["a", "1"]
-    assert lines[4].split() == ["b", "0.12345679"]
-    print_results([{}], "test")
-    assert capsys.readouterr().out == ""
+def test_step_value_that_is_new_in_a_later_batch_goes_to_the_loggers(Weight: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
+    class Model(Weight):  # type: ignore[misc]
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("epoch", 0.0)
+            if batch_idx > 0:
+                self.log("late", batch.mean(), on_step=True, on_epoch=False)
+
+    logger = Rows()
+    make_trainer(logger=logger).validate(Model(), numbers(3), verbose=False)
+    assert logger.of("late") == [(1, 1.0), (2, 2.0)]
 
 
 # ---- how steps are called -------------------------------------------------------------------------------------------

@@ -243,6 +243,20 @@ def test_loaders_and_their_numbers_of_batches(make_trainer: MakeTrainer, Evaluat
     assert (trainer.test_dataloaders, trainer.num_test_batches) == (first, [3])
     trainer.predict(Evaluated(), second)
     assert (trainer.predict_dataloaders, trainer.num_predict_batches) == (second, [5])
+    # The loaders are those of the last call, the numbers stay.
+    assert (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders) == (None, None, None)
+    assert (trainer.num_training_batches, trainer.num_val_batches, trainer.num_sanity_val_batches) == (2, [3, 4], [3, 3])
+    assert trainer.num_test_batches == [3]
+
+
+@pytest.mark.parametrize(("arguments", "minimum"), [({}, 0), ({"min_steps": 1}, 1), ({"min_epochs": 2}, 2)])
+def test_the_minimum_of_epochs_is_a_number_in_a_run(
+    make_trainer: MakeTrainer, Weight: Any, numbers: Any, arguments: dict[str, Any], minimum: int
+) -> None:
+    trainer = make_trainer(max_epochs=2, **arguments)
+    assert trainer.min_epochs == arguments.get("min_epochs")
+    trainer.fit(Weight(), numbers(1))
+    assert trainer.min_epochs == minimum
 
 
 def test_the_number_of_batches_of_a_stream_is_infinite(make_trainer: MakeTrainer, Weight: Any, stream: Any) -> None:

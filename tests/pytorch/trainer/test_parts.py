@@ -270,3 +270,25 @@ def test_a_sanity_check_that_fails_does_not_mute_the_next_run(make_trainer: Make
         trainer.fit(Fails(), numbers(1), numbers(4))
     trainer.fit(Evaluated(), numbers(1), numbers(4))
     assert rows.of("val") == [(0, 1.5)]
+
+
+# ---- what is said ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "devices", "said"),
+    [
+        (0, "cpu", 1, "CPUAccelerator: 1 device of this machine used. GPUs available: 0."),
+        (0, "cpu", 2, "CPUAccelerator: 2 devices of this machine used. GPUs available: 0."),
+        (2, "cpu", 1, "GPUs available: 2, none of them used: for these, give accelerator='gpu'."),
+        (2, "cuda", 1, "CUDAAccelerator: 1 device of this machine used. GPUs available: 2."),
+    ],
+)
+def test_a_new_trainer_says_what_it_runs_on(
+    gpus: int, accelerator: str, devices: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: gpus)
+    monkeypatch.setattr("lightning.fabric.accelerators.mps.MPSAccelerator.is_available", lambda: False)
+    with caplog.at_level("INFO"):
+        Trainer(accelerator=accelerator, devices=devices, logger=False)
+    assert len([record for record in caplog.records if record.getMessage().endswith(said)]) == 1

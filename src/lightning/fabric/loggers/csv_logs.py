@@ -161,8 +161,8 @@ class ExperimentWriter:
             return
         # Read again each time: whoever else writes to this file may have added columns.
         columns = self._read_header()
-        added = sorted({name for row in self.metrics for name in row}.difference(columns))
-        self.metrics_keys = columns + added
+        added = {name for row in self.metrics for name in row}.difference(columns)
+        self.metrics_keys = sorted({*columns, *added}) if added else columns
         rows = [[row.get(name) for name in self.metrics_keys] for row in self.metrics]
         if not columns:
             self._write("ab+" if self._fs is None else "wb", [self.metrics_keys, *rows])
@@ -209,13 +209,13 @@ class ExperimentWriter:
 
     def _rewrite(self, rows: Iterable[list[Any]]) -> None:
         """Write the file anew under ``metrics_keys``: the rows that are in it, then ``rows``."""
-        width = len(self.metrics_keys)
         with replacing(self.metrics_file_path) as new:
             writer = csv.writer(new)
             writer.writerow(self.metrics_keys)
             with self._open("r") as old:
                 reader = csv.reader(old)
-                next(reader, None)
+                columns = next(reader, [])
                 for row in reader:
-                    writer.writerow(row + [""] * (width - len(row)))
+                    values = dict(zip(columns, row))
+                    writer.writerow([values.get(name, "") for name in self.metrics_keys] + row[len(columns) :])
             writer.writerows(rows)

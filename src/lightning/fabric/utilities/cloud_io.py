@@ -35,7 +35,7 @@ def get_filesystem(path: str | os.PathLike[str], **kwargs: Any) -> AbstractFileS
 
 
 def local_path(path: str | os.PathLike[str]) -> str | None:
-    """Where ``path`` lies on the local disk (``file://`` taken off), or None if it is remote.
+    """Where ``path`` lies on the local disk (``file://`` taken off, ``~`` expanded), or None if it is remote.
 
     Example::
 
@@ -45,7 +45,7 @@ def local_path(path: str | os.PathLike[str]) -> str | None:
     text = os.fspath(path)
     protocol, separator, rest = text.partition("://")
     if not separator:
-        return text
+        return os.path.expanduser(text)
     return rest if protocol in LOCAL_PROTOCOLS else None
 
 

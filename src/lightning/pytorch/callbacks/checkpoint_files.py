@@ -38,7 +38,7 @@ def canonical(path: Path) -> str:
         's3://bucket/run'
     """
     local = local_path(path)
-    return os.fspath(path) if local is None else os.path.realpath(os.path.expanduser(local))
+    return os.fspath(path) if local is None else os.path.realpath(local)
 
 
 def within(path: Path, folder: Path) -> bool:

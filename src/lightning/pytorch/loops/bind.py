@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,24 +23,65 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 
+def without_bound(loop: Any, fresh: Any) -> dict[str, Any]:
+    """The state of a loop for copies and pickles: what a fresh one has too, not what a run has resolved."""
+    return {name: value for name, value in vars(loop).items() if name in vars(fresh)}
+
+
+def profiled(trainer: Trainer, function: Callable[..., Any], action: str) -> Callable[..., Any]:
+    """``function`` inside a span of the profiler, if there is one."""
+    return function if trainer._profiler is None else spanned(function, trainer._profiler, action)
+
+
+def fetched(trainer: Trainer, loader: Iterable[Any], action: str) -> Iterable[Any]:
+    """``loader``, with a span of the profiler, if there is one, around the wait for each batch."""
+    return loader if trainer._profiler is None else Fetched(loader, trainer._profiler, action)
+
+
+class Fetched:
+    """An iterable whose items are waited for in spans of a profiler.
+
+    Args:
+        source: the iterable.
+        profiler: gets the spans.
+        action: their name.
+    """
+
+    def __init__(self, source: Iterable[Any], profiler: Any, action: str) -> None:
+        self.source, self.profiler, self.action = source, profiler, action
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        items, end = iter(self.source), object()
+        while True:
+            with self.profiler.profile(self.action):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item
+
+
 def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:
     """How a batch gets to the device: through the data hooks that somebody overrides."""
     strategy, device = trainer.strategy, trainer.strategy.root_device
+    span = f"[Strategy]{type(strategy).__name__}.batch_to_device"
     before = _data_hook(trainer, "on_before_batch_transfer")
     move = _data_hook(trainer, "transfer_batch_to_device")
     after = _data_hook(trainer, "on_after_batch_transfer")
     convert = strategy.precision.convert_input if type(strategy.precision).convert_input is not Precision.convert_input else None
     if before is None and move is None and after is None and convert is None:
         if type(strategy).batch_to_device is Strategy.batch_to_device:
-            return partial(move_data_to_device, device=device)
-        return partial(strategy.batch_to_device, device=device, dataloader_idx=dataloader_idx)
+            return profiled(trainer, partial(move_data_to_device, device=device), span)
+        return profiled(trainer, partial(strategy.batch_to_device, device=device, dataloader_idx=dataloader_idx), span)
+    transfer_to = move or profiled(trainer, strategy.batch_to_device, span)
 
     def through_hooks(batch: Any) -> Any:
         if convert is not None:
             batch = convert(batch)
         if before is not None:
             batch = before(batch, dataloader_idx)
-        transfer_to = move or strategy.batch_to_device
         batch = transfer_to(batch, device, dataloader_idx)
         return batch if after is None else after(batch, dataloader_idx)
 
@@ -54,18 +95,16 @@ def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:
     if in_module is not None and in_data is not None:
         rank_zero_warn(f"Both the LightningModule and the LightningDataModule override `{name}`: the datamodule's is used.")
     found = in_data or in_module
-    if found is not None and trainer._profiler is not None:
-        owner = "LightningDataModule" if in_data is not None else "LightningModule"
-        found = spanned(found, trainer._profiler, f"[{owner}]{type(found.__self__).__name__}.{name}")  # type: ignore[attr-defined]
-    return found
+    if found is None:
+        return None
+    base, owner = ("LightningDataModule", trainer.datamodule) if in_data is not None else ("LightningModule", trainer.lightning_module)
+    return profiled(trainer, found, f"[{base}]{type(owner).__name__}.{name}")
 
 
 def training_step(trainer: Trainer) -> Callable[[Any, int], Any]:
     """``training_step`` as it runs under the strategy, as a function of batch and index."""
     step = step_with_index(trainer.strategy.bind("training_step"), "training_step")
-    if trainer._profiler is not None:
-        return spanned(step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.training_step")
-    return step
+    return profiled(trainer, step, f"[Strategy]{type(trainer.strategy).__name__}.training_step")
 
 
 def forward_context(trainer: Trainer, stage: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -78,8 +117,13 @@ def forward_context(trainer: Trainer, stage: str) -> Callable[[], AbstractContex
 
 def backward(trainer: Trainer) -> Callable[..., None]:
     """Backward on the loss: scaled for fp16, through the user's override of ``backward`` if there is one."""
+    strategy = trainer.strategy
+    return profiled(trainer, _backward(trainer), f"[Strategy]{type(strategy).__name__}.backward")
+
+
+def _backward(trainer: Trainer) -> Callable[..., None]:
     module, strategy = trainer.lightning_module, trainer.strategy
-    override = override_of(module, "backward", LightningModule)
+    override = of_user(trainer, "backward")
     precision = strategy.precision
     plain = (
         type(strategy).backward is Strategy.backward
@@ -89,7 +133,6 @@ def backward(trainer: Trainer) -> Callable[..., None]:
     )
     if override is None:
         return Tensor.backward if plain else partial(_strategy_backward, strategy, module)
-    override = scoped(override, "backward", trainer._metrics)
     if plain:
         return override
 
@@ -98,6 +141,15 @@ def backward(trainer: Trainer) -> Callable[..., None]:
         precision.post_backward(loss, module)
 
     return through_override
+
+
+def of_user(trainer: Trainer, name: str) -> Callable[..., Any] | None:
+    """The module's override of a hook, if there is one, as the loop calls it."""
+    module = trainer.lightning_module
+    override = override_of(module, name, LightningModule)
+    if override is None:
+        return None
+    return profiled(trainer, scoped(override, name, trainer._metrics), f"[LightningModule]{type(module).__name__}.{name}")
 
 
 def _strategy_backward(strategy: Strategy, module: LightningModule, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -118,28 +170,27 @@ def _step_is_plain(strategy: Strategy) -> bool:
 
 def update(trainer: Trainer, loop: FitLoop) -> Callable[[Callable[[], Any]], Any]:
     """One optimizer step with a closure: the user's ``optimizer_step``, else the optimizer's own, else through the precision."""
-    module, strategy = trainer.lightning_module, trainer.strategy
+    strategy = trainer.strategy
     optimizer = strategy.optimizers[0]
-    override = override_of(module, "optimizer_step", LightningModule)
+    override = of_user(trainer, "optimizer_step")
     if override is not None:
-        override = scoped(override, "optimizer_step", trainer._metrics)
         wrapped, progress = strategy._lightning_optimizers[0], loop.progress
         return lambda closure: override(progress.epoch, progress.batch_idx, wrapped, closure)
     if _step_is_plain(strategy):
         step: Callable[[Callable[[], Any]], Any] = optimizer.step
     else:
         step = partial(strategy.optimizer_step, optimizer)
-    if trainer._profiler is not None:
-        return spanned(step, trainer._profiler, f"[Strategy]{type(strategy).__name__}.optimizer_step")
-    return step
+    return profiled(trainer, step, f"[LightningModule]{type(trainer.lightning_module).__name__}.optimizer_step")
 
 
 def zero_grad(trainer: Trainer, loop: FitLoop) -> Callable[[Any], Any]:
     """Zeroing the gradients before a window's first backward."""
-    override = override_of(trainer.lightning_module, "optimizer_zero_grad", LightningModule)
+    override = of_user(trainer, "optimizer_zero_grad")
     if override is None:
-        return type(trainer.strategy.optimizers[0]).zero_grad
-    override = scoped(override, "optimizer_zero_grad", trainer._metrics)
+        optimizer = trainer.strategy.optimizers[0]
+        own = vars(optimizer).get("zero_grad")
+        plain = type(optimizer).zero_grad if own is None else lambda optimizer: own()
+        return profiled(trainer, plain, f"[LightningModule]{type(trainer.lightning_module).__name__}.optimizer_zero_grad")
     progress = loop.progress
     return lambda optimizer: override(progress.epoch, progress.batch_idx, optimizer)
 
@@ -150,6 +201,7 @@ def clip(trainer: Trainer) -> Callable[[Any], Any]:
     overridden = any(override_of(module, name, LightningModule) for name in ("configure_gradient_clipping", "clip_gradients"))
     if overridden:
         configure = scoped(module.configure_gradient_clipping, "configure_gradient_clipping", trainer._metrics)
+        configure = profiled(trainer, configure, f"[LightningModule]{type(module).__name__}.configure_gradient_clipping")
         # By position: scoped() passes no keywords; the parameters' order is part of the hook's signature.
         return lambda optimizer: configure(optimizer, value, algorithm)
     if not value:

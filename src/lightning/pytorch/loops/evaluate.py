@@ -14,7 +14,7 @@ from torch.nn import Module
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import set_epoch
-from lightning.pytorch.dispatch import no_op, override_of, scoped, spanned
+from lightning.pytorch.dispatch import no_op, override_of, scoped
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import parameters_of
 from lightning.pytorch.metric_entry import Entry, is_metric
@@ -49,6 +49,9 @@ class EvaluationLoop:
         self.entries: dict[Any, Entry] = {}
         self.verbose = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        return bind.without_bound(self, EvaluationLoop(self.trainer, self.name, self.source))
+
     @property
     def num_batches(self) -> list[float]:
         """Batches that are taken from each loader."""
@@ -80,6 +83,8 @@ class EvaluationLoop:
             if not self.num_batches:  # a process may have no batch where others have some
                 finishing()
                 return []
+            if fitting:
+                trainer.fit_loop.refresh()
             self.bind()
             trainer.strategy.sync_buffers()
             set_epoch(self.loaders.loaders, trainer.current_epoch)
@@ -111,7 +116,9 @@ class EvaluationLoop:
         start, end, step, forward_context, takes_index = self.start, self.end, self.step, self.forward_context, self.takes_index
         scope = f"{self.name}_step"
         self.batch_idx, before = 0, seen[index]
-        batches, in_turn = taken(loader, self.num_batches[index], self.trainer.strategy)
+        entries, known, logs_steps, shown = self.entries, 0, False, not self.trainer.sanity_checking
+        fetched = bind.fetched(self.trainer, loader, f"[_EvaluationLoop].{self.source}_next")
+        batches, in_turn = taken(fetched, self.num_batches[index], self.trainer.strategy)
         for batch_idx, raw in enumerate(batches):
             self.batch_idx = batch_idx
             batch = prepare(raw)
@@ -126,16 +133,13 @@ class EvaluationLoop:
             with forward_context():
                 outputs = step(batch, batch_idx, *where) if takes_index else step(batch, *where)
             end(outputs, batch, batch_idx, *where)
-            if self.logs_steps():
+            if len(entries) != known:  # a key is new
+                known, logs_steps = len(entries), shown and any(entry.on_step for entry in entries.values())
+            if logs_steps:
                 metrics.send_step_values(seen[index], with_epoch=False)
             seen[index] += 1
         if seen[index] == before:
             rank_zero_warn(f"The {self.source} loader number {index}, a {type(loader).__name__}, gave no batch: nothing was computed.")
-
-    def logs_steps(self) -> bool:
-        """Whether a step value of this loop goes to the loggers; not while the sanity check runs."""
-        entries = self.entries
-        return bool(entries) and not self.trainer.sanity_checking and any(entry.on_step for entry in entries.values())
 
     # ---- around the batches -------------------------------------------------------------------------------------------
 
@@ -164,10 +168,9 @@ class EvaluationLoop:
         several = len(self.loaders.loaders) > 1
         self.counts = self.seen if trainer.state.fn == "fit" and not trainer.sanity_checking else []
         self.counts += [0] * (len(self.loaders.loaders) - len(self.counts))
-        self.step = trainer.strategy.bind(f"{name}_step")
-        self.takes_index = takes_batch_idx(self.step, f"{name}_step", several)
-        if trainer._profiler is not None:
-            self.step = spanned(self.step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.{name}_step")
+        step = trainer.strategy.bind(f"{name}_step")
+        self.takes_index = takes_batch_idx(step, f"{name}_step", several)
+        self.step = bind.profiled(trainer, step, f"[Strategy]{type(trainer.strategy).__name__}.{name}_step")
         for hook in ("start", "end"):
             override = override_of(trainer.lightning_module, f"on_{name}_batch_{hook}", LightningModule)
             if override is not None:
@@ -274,27 +277,3 @@ def _has_default(step: Callable[..., Any], parameter: str) -> bool:
 
     found = inspect.signature(step).parameters.get(parameter)
     return found is not None and found.default is not inspect.Parameter.empty
-
-
-def print_results(results: Results, stage: str) -> None:
-    """Print the metrics of all loaders as a table.
-
-    Example::
-
-        >>> print_results([{"acc": 0.5}], "test")
-        ──────────────────────────
-        Test metric   DataLoader 0
-        ──────────────────────────
-        acc           0.5
-        ──────────────────────────
-    """
-    if not any(results):
-        return
-    names = list(dict.fromkeys(name for result in results for name in result))
-    head = [f"{stage.capitalize()} metric", *(f"DataLoader {i}" for i in range(len(results)))]
-    rows = [[name, *(f"{result[name]:.8g}" if name in result else "" for result in results)] for name in names]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    line = "─" * (sum(widths) + 3 * (len(widths) - 1))
-    table = [line, "   ".join(h.ljust(w) for h, w in zip(head, widths)), line]
-    table += ["   ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in rows] + [line]
-    print("\n".join(text.rstrip() for text in table))

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
-from lightning.pytorch.dispatch import override_of, scoped, spanned
+from lightning.pytorch.dispatch import override_of, scoped
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import counted, looked_ahead
 from lightning.pytorch.loops.progress import FitProgress, Next
@@ -55,6 +55,7 @@ class FitLoop:
         self.loader: TrainLoader | None = None
         self.is_last = False
         self.updates = False
+        self.accumulate = 1
         self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
@@ -65,6 +66,9 @@ class FitLoop:
         self.told_of_minimum = False
         self.told_of_none = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return bind.without_bound(self, FitLoop(self.trainer))
+
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -72,17 +76,17 @@ class FitLoop:
         p, hooks, metrics = self.progress, self.hooks, self.metrics
         if self.finished():
             return
+        run_epoch = bind.profiled(self.trainer, self.run_epoch, "run_training_epoch")
         self.log_step = max(p.stepped - 1, 0)
         metrics.restart_flush(p.stepped)
         with torch.enable_grad(), metrics.collecting(self.entries):
             hooks.on_train_start()
+            self.refresh()
             while not self.finished():
                 self.trainer._data.reload_train_if_due(p.epoch)
                 self.loader.set_epoch(p.epoch)  # type: ignore[union-attr]
-                self.run_epoch()
-                p.epoch += 1
-                p.batch_idx = 0
-                p.next = Next.BATCH
+                run_epoch()
+                p.next_epoch()
             self.say_why()
             hooks.on_train_end()
 
@@ -91,6 +95,7 @@ class FitLoop:
         if p.next is Next.BATCH and p.batch_idx == 0:
             self.log_step = p.stepped
             hooks.on_train_epoch_start()
+            self.refresh()
             if trainer.should_stop and self.done():
                 p.next = Next.EPOCH_END  # without a batch
         self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
@@ -138,7 +143,8 @@ class FitLoop:
         if p.next is not Next.BATCH or p.batch_idx >= loader.num_batches:
             return iter(())
         source = counted if loader.length_is_exact else looked_ahead
-        return source(loader.iterable, p.batch_idx, loader.num_batches, self.prepare)
+        fetched = bind.fetched(self.trainer, loader.iterable, "[_TrainingEpochLoop].train_dataloader_next")
+        return source(fetched, p.batch_idx, loader.num_batches, self.prepare)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -349,39 +355,47 @@ class FitLoop:
 
     def bind(self) -> None:
         """Resolve everything that a step calls."""
-        trainer = self.trainer
-        module, strategy, config = trainer.lightning_module, trainer.strategy, trainer._config
+        trainer, config = self.trainer, self.trainer._config
         self.hooks, self.metrics = trainer._hooks, trainer._metrics
         self.metrics.progress = self.progress
         self.progress.start_anew()
         self.accumulate = trainer.accumulate_grad_batches
-        self.prepare = bind.transfer(trainer)
-        self.training_step = bind.training_step(trainer)
         self.forward_context = bind.forward_context(trainer, "train")
-        self.no_backward_sync = strategy.no_backward_sync
-        self.backward = bind.backward(trainer)
-        self.schedulers = Schedulers(trainer, self)
-        automatic = module.automatic_optimization
-        self.even_step: Callable[[Any], None] = self.automatic_step if automatic else self.manual_step
-        if trainer._profiler is not None:
-            self.even_step = spanned(self.even_step, trainer._profiler, "run_training_batch")
+        self.no_backward_sync = trainer.strategy.no_backward_sync
+        automatic = trainer.lightning_module.automatic_optimization
+        step: Callable[[Any], None] = self.automatic_step if automatic else self.manual_step
+        self.even_step = bind.profiled(trainer, step, "run_training_batch")
         self.detach = bind.detach_outputs if automatic else bind.detach_manual_outputs
-        self.unscale = bind.unscale(trainer)
-        self.free_gradients = scoped(module.on_validation_model_zero_grad, "on_validation_model_zero_grad", self.metrics)
-        self.user_steps = not automatic or override_of(module, "optimizer_step", LightningModule) is not None
-        if automatic:
-            self.optimizer = strategy.optimizers[0]
-            self.update = bind.update(trainer, self)
-            self.zero_grad = bind.zero_grad(trainer, self)
-            self.clip = bind.clip(trainer)
         self.val_every_n_epoch = config.check_val_every_n_epoch
         self.val_seconds = config.val_check_seconds
         self.validated_at = time.monotonic()
+        self.bind_overrides()
+
+    def bind_overrides(self) -> None:
+        """Resolve what the user may override; hooks that are set in mid-run make it necessary again."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        self.prepare = bind.transfer(trainer)
+        self.training_step = bind.training_step(trainer)
+        self.backward = bind.backward(trainer)
+        self.schedulers = Schedulers(trainer, self)
+        self.unscale = bind.unscale(trainer)
+        self.free_gradients = scoped(module.on_validation_model_zero_grad, "on_validation_model_zero_grad", self.metrics)
+        self.user_steps = not module.automatic_optimization or override_of(module, "optimizer_step", LightningModule) is not None
+        if module.automatic_optimization:
+            self.optimizer = trainer.strategy.optimizers[0]
+            self.update = bind.update(trainer, self)
+            self.zero_grad = bind.zero_grad(trainer, self)
+            self.clip = bind.clip(trainer)
+
+    def refresh(self) -> None:
+        """Follow the callbacks that came or went in mid-run, and the hooks that were set on the module."""
+        if self.hooks.refresh(self.trainer.callbacks):
+            self.bind_overrides()
 
     def bound(self) -> None:
         """Bound the run by 1,000 epochs if nothing else bounds it; a minimum of steps alone means that of an epoch too."""
-        if self.min_epochs is None and self.min_steps is not None:
-            self.min_epochs = 1
+        if self.min_epochs is None:
+            self.min_epochs = 0 if self.min_steps is None else 1
         if self.max_epochs is not None:
             return
         if self.max_steps == -1 and self.trainer.max_time is None:

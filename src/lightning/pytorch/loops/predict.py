@@ -13,7 +13,6 @@ from lightning.fabric.utilities.data import has_iterable_dataset, replace_batch_
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks.prediction_writer import BasePredictionWriter
-from lightning.pytorch.dispatch import spanned
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.evaluate import metrics_held, no_gradients, restore_modes, taken, takes_batch_idx
 from lightning.pytorch.trainer.states import RunningStage
@@ -86,14 +85,14 @@ class PredictionLoop:
         trainer = self.trainer
         hooks, several = trainer._hooks, len(self.num_batches) > 1
         where = (index,) if several else ()
-        step = trainer.strategy.bind("predict_step")
-        takes_index = takes_batch_idx(step, "predict_step", several)
-        if trainer._profiler is not None:
-            step = spanned(step, trainer._profiler, f"[Strategy]{type(trainer.strategy).__name__}.predict_step")
+        bound = trainer.strategy.bind("predict_step")
+        takes_index = takes_batch_idx(bound, "predict_step", several)
+        step = bind.profiled(trainer, bound, f"[Strategy]{type(trainer.strategy).__name__}.predict_step")
         prepare = bind.transfer(trainer, index)
         forward_context = bind.forward_context(trainer, "predict")
         batches = recorded(loader, self) if self.wants_indices else loader
-        own, in_turn = taken(batches, self.num_batches[index], trainer.strategy)
+        fetched = bind.fetched(trainer, batches, "[_PredictionLoop].predict_next")
+        own, in_turn = taken(fetched, self.num_batches[index], trainer.strategy)
         for batch_idx, raw in enumerate(own):
             batch = prepare(raw)
             if not in_turn(batch_idx):

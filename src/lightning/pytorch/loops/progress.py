@@ -27,6 +27,7 @@ class FitProgress:
         global_step: optimizer steps taken; with several optimizers, by all of them.
         stepped: batches after which an optimizer stepped; the x value of loggers counts these.
         next: what runs next.
+        cut_off: the position in the epoch before, where that was ended in the middle; :meth:`position` is then there.
     """
 
     epoch: int = 0
@@ -35,6 +36,20 @@ class FitProgress:
     global_step: int = 0
     stepped: int = 0
     next: Next = Next.BATCH
+    cut_off: dict[str, Any] | None = None
+
+    def next_epoch(self) -> None:
+        """Move to the next epoch. Of one that a bound or a stop ended in the middle, the position is kept."""
+        self.cut_off = self.position() if self.next is Next.BATCH else None
+        self.epoch += 1
+        self.batch_idx = 0
+        self.next = Next.BATCH
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint holds: where a resumed run goes on."""
+        state = self.state_dict()
+        cut_off = state.pop("cut_off")
+        return state if cut_off is None else cut_off
 
     def start_anew(self) -> None:
         """Move to the start of an epoch: of the current one if a failed run left it half-way, of the next if it was through."""
@@ -42,12 +57,14 @@ class FitProgress:
             self.epoch += 1
         self.batch_idx = 0
         self.next = Next.BATCH
+        self.cut_off = None
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor as plain data."""
         return {**asdict(self), "next": self.next.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Move to where :meth:`state_dict` was taken."""
+        """Move to where :meth:`state_dict`, or :meth:`position`, was taken."""
+        self.cut_off = None
         for name, value in state.items():
             setattr(self, name, Next(value) if name == "next" else value)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.core.module import LightningModule
-from lightning.pytorch.dispatch import no_op, override_of, scoped
+from lightning.pytorch.dispatch import no_op
+from lightning.pytorch.loops import bind
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ class Schedulers:
         module = trainer.lightning_module
         self.trainer, self.loop = trainer, loop
         configs = trainer.lr_scheduler_configs if module.automatic_optimization else []
-        override = override_of(module, "lr_scheduler_step", LightningModule)
-        self.override = scoped(override, "lr_scheduler_step", trainer._metrics) if override is not None else None
+        self.override = bind.of_user(trainer, "lr_scheduler_step")
         self.plateau = [config for config in configs if config.reduce_on_plateau]
         by_step = any(config.interval == "step" for config in self.plateau)
         self.step_plateau_batch = partial(self.step_plateau, "step") if by_step else no_op

@@ -331,8 +331,7 @@ class TrainerAttributes:
     @property
     def num_training_batches(self) -> float:
         """Training batches in an epoch, infinity if unknown or not asked for yet."""
-        loader = self._data.loaded.get("train")
-        return float("inf") if loader is None else loader.num_batches
+        return self._data.counts.get("train", float("inf"))  # type: ignore[no-any-return]
 
     @property
     def num_val_batches(self) -> list[float]:
@@ -355,8 +354,7 @@ class TrainerAttributes:
         return [min(self.num_sanity_val_steps, n) for n in self._counts("val")]
 
     def _counts(self, stage: str) -> list[float]:
-        loaders = self._data.loaded.get(stage)
-        return [] if loaders is None else list(loaders.num_batches)
+        return list(self._data.counts.get(stage, ()))
 
     @property
     def enable_validation(self) -> bool:

@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.config import TrainerConfig, as_list
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 if TYPE_CHECKING:
+    from lightning.fabric.runtime import Runtime
     from lightning.pytorch.core.module import LightningModule
     from lightning.pytorch.trainer.attributes import TrainerAttributes
     from lightning.pytorch.trainer.trainer import Trainer
@@ -162,6 +163,20 @@ def profiler(given: Any) -> Any:
 
         return SimpleProfiler()
     raise MisconfigurationException(f"profiler={given!r}: accepted are 'simple', an instance of Profiler, or None.")
+
+
+def announce(runtime: Runtime) -> None:
+    """Say what the trainer runs on, and which GPUs it leaves idle."""
+    from lightning.fabric.accelerators.cuda import CUDAAccelerator, num_cuda_devices
+    from lightning.fabric.accelerators.mps import MPSAccelerator
+
+    used = len(runtime.devices)
+    gpus = num_cuda_devices() + (1 if MPSAccelerator.is_available() else 0)
+    idle = gpus > 0 and not isinstance(runtime.accelerator, (CUDAAccelerator, MPSAccelerator))
+    rank_zero_info(
+        f"{type(runtime.accelerator).__name__}: {used} device{'s' if used != 1 else ''} of this machine used. GPUs available: {gpus}"
+        + (", none of them used: for these, give accelerator='gpu'." if idle else ".")
+    )
 
 
 def set_determinism(config: TrainerConfig) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
+from lightning.pytorch.loops.bind import profiled
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
@@ -152,6 +153,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     if fitting:
         trainer.fit_loop.bind()
         trainer._hooks.on_fit_start()
+        trainer.fit_loop.refresh()
         if checkpoint is not None:
             ckpt.restore_training(trainer, checkpoint)
     if checkpoint is not None:
@@ -185,17 +187,18 @@ def call_stage_hooks(trainer: Trainer, name: str) -> None:
     module, datamodule = trainer.lightning_module, trainer.datamodule
     with in_scope(trainer, name):
         if datamodule is not None:
-            getattr(datamodule, name)(stage=stage)
+            profiled(trainer, getattr(datamodule, name), f"[LightningDataModule]{type(datamodule).__name__}.{name}")(stage=stage)
         for callback in trainer.callbacks:
-            getattr(callback, name)(trainer, module, stage=stage)
-        getattr(module, name)(stage=stage)
+            profiled(trainer, getattr(callback, name), f"[Callback]{callback.state_key}.{name}")(trainer, module, stage=stage)
+        profiled(trainer, getattr(module, name), f"[LightningModule]{type(module).__name__}.{name}")(stage=stage)
 
 
 def set_up_optimizers(trainer: Trainer) -> None:
     """Ask the module for optimizers and schedulers."""
     strategy, module, loop = trainer.strategy, trainer.lightning_module, trainer.fit_loop
     with in_scope(trainer, "configure_optimizers"):
-        optimizers, configs = configure_optimizers(module)
+        configured = profiled(trainer, configure_optimizers, f"[LightningModule]{type(module).__name__}.configure_optimizers")
+        optimizers, configs = configured(module)
     checks.check_optimizers(module, optimizers)
     strategy.prepare_training(trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
     strategy.optimizers = strategy.setup_optimizers(optimizers, configs)

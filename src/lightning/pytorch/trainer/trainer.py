@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from lightning.fabric.runtime import resolve
 from lightning.pytorch.data import RunData, check_given
-from lightning.pytorch.loops.evaluate import EvaluationLoop, print_results
+from lightning.pytorch.loops.evaluate import EvaluationLoop
 from lightning.pytorch.loops.fit import FitLoop
 from lightning.pytorch.loops.predict import PredictionLoop
+from lightning.pytorch.loops.results import print_results
 from lightning.pytorch.metrics import Metrics
 from lightning.pytorch.trainer import checks, parts
+from lightning.pytorch.trainer.arguments import only_known
 from lightning.pytorch.trainer.attributes import TrainerAttributes
 from lightning.pytorch.trainer.config import build_config
 from lightning.pytorch.trainer.launch import launch
@@ -88,6 +90,7 @@ class Trainer(TrainerAttributes):
 
     Raises:
         MisconfigurationException: for a value, or a combination, that is not accepted.
+        TypeError: for an argument that there is not, or not any more; it names the one to use instead.
         ValueError: for a name that is not known, or a conflict with ``barebones``.
 
     Example::
@@ -97,6 +100,7 @@ class Trainer(TrainerAttributes):
         trainer.test(model, test_loader, ckpt_path="best")
     """
 
+    @only_known
     def __init__(
         self,
         *,
@@ -170,6 +174,10 @@ class Trainer(TrainerAttributes):
         self.callbacks = parts.callbacks(config, callbacks, enable_checkpointing, enable_progress_bar, enable_model_summary)
         self._profiler = parts.profiler(profiler)
         parts.set_determinism(config)
+        parts.announce(self._runtime)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hooks": None}  # a run resolves them
 
     # ---- entry points -----------------------------------------------------------------------------------------------
 

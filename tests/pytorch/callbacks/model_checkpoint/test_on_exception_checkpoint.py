@@ -108,3 +108,45 @@ def test_file_stays_after_another_run(prepare: Callable[..., Any], tmp_path: Pat
     run.trainer.validate(run.model, run.loaders[1], verbose=False)
     run.trainer.validate(run.model, run.loaders[1], verbose=False, ckpt_path=FILE)
     assert run.steps_in(FILE) == 6
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("crash_at", [0, 1, 3, 4, 6])
+def test_resumed_run_ends_where_one_without_the_exception_does(
+    Weight: Any, make_trainer: Any, numbers: Any, tmp_path: Path, crash_at: int, accumulate: int
+) -> None:
+    class Crashing(Weight):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if len(self.seen) == crash_at:
+                raise RuntimeError("crash")
+            return super().training_step(batch, batch_idx)
+
+    def run(model: Any, **options: Any) -> Any:
+        callback = OnExceptionCheckpoint(tmp_path)
+        trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulate, callbacks=callback, enable_checkpointing=True)
+        trainer.fit(model, numbers(4, start=1), **options)
+        return model
+
+    whole, crashed, resumed = run(Weight()), Crashing(), Weight()
+    with pytest.raises(RuntimeError, match="crash"):
+        run(crashed)
+    run(resumed, ckpt_path=tmp_path / FILE)
+    assert crashed.seen + resumed.seen == whole.seen
+    assert resumed.weight == whole.weight
+    assert not (tmp_path / FILE).exists()
+
+
+def test_tilde_leads_home(Weight: Any, make_trainer: Any, numbers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crashing(Weight):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("crash")
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(RuntimeError, match="crash"):
+        make_trainer(callbacks=OnExceptionCheckpoint("~/runs"), enable_checkpointing=True).fit(Crashing(), numbers(1))
+    assert [path.name for path in (tmp_path / "home/runs").iterdir()] == [FILE]
+    assert not Path("~").exists()
+    trainer = make_trainer()
+    trainer.fit(Weight(), numbers(1), ckpt_path="~/runs/on_exception.ckpt")
+    trainer.save_checkpoint("~/mine.ckpt")
+    assert (tmp_path / "home/mine.ckpt").is_file()

@@ -26,6 +26,7 @@ class Run:
             loggers=[],
             progress_bar_metrics={},
             num_training_batches=batches,
+            max_steps=-1,
             num_val_batches=sizes,
             num_test_batches=sizes,
             num_predict_batches=sizes,

@@ -181,3 +181,38 @@ def test_bar_is_drawn_from_the_loggers_version(screen: Callable[[], list[str]]) 
 
     trainer(TQDMProgressBar(), logger=CSVLogger(".", version=3), max_epochs=1, log_every_n_steps=1).fit(BoringModel())
     assert "v_num=3" in screen()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "totals"),
+    [
+        ({"max_steps": 3}, [3]),
+        ({"max_steps": 7}, [5, 2]),
+        ({"max_steps": 10}, [5, 5]),
+        ({"max_steps": 1, "accumulate_grad_batches": 2}, [2]),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, [5]),
+        ({"max_steps": 5, "accumulate_grad_batches": 2}, [5, 4]),
+        ({"max_steps": 100}, [5, 5]),
+    ],
+)
+def test_bar_is_full_where_max_steps_ends_the_run(arguments: dict[str, int], totals: list[int]) -> None:
+    ends: list[tuple[int, int]] = []
+
+    class Ends(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            shown = bar.train_progress_bar
+            ends.append((shown.n, shown.total))
+            assert bar.total_train_batches == shown.total
+
+    bar = TQDMProgressBar()
+    trainer(bar, Ends(), limit_val_batches=0, **arguments).fit(BoringModel())
+    assert ends == [(total, total) for total in totals]
+
+
+def test_bar_of_a_resumed_run_is_full_where_max_steps_ends_it() -> None:
+    first = trainer(TQDMProgressBar(), limit_val_batches=0, max_steps=2)
+    first.fit(BoringModel())
+    first.save_checkpoint("saved.ckpt")
+    bar = TQDMProgressBar()
+    trainer(bar, limit_val_batches=0, max_steps=4).fit(BoringModel(), ckpt_path="saved.ckpt")
+    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (4, 4)

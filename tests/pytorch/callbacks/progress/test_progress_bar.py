@@ -17,6 +17,7 @@ def trainer(**attributes: Any) -> Any:
         "is_global_zero": True,
         "sanity_checking": False,
         "num_training_batches": 7,
+        "max_steps": -1,
         "num_val_batches": [2, 3],
         "num_sanity_val_batches": [1, 2],
         "num_test_batches": [4],

@@ -81,8 +81,14 @@ class ProgressBar(Callback):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Training batches of an epoch; ``inf`` if the loader has no length."""
-        return self.trainer.num_training_batches
+        """Training batches of this epoch, up to where ``max_steps`` ends it; ``inf`` if the loader has no length."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_steps == -1 or not trainer.lightning_module.automatic_optimization:
+            return batches
+        every, done = trainer.accumulate_grad_batches, trainer.fit_loop.progress.position()["batch_idx"]
+        end = (done // every + trainer.max_steps - trainer.global_step) * every
+        return min(batches, max(end, done) or batches)
 
     @property
     def total_val_batches_current_dataloader(self) -> int | float:

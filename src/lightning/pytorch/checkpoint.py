@@ -12,6 +12,7 @@ from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.dispatch import override_of
 from lightning.pytorch.loops.progress import Next
 from lightning.pytorch.position import describe
+from lightning.pytorch.trainer.states import TrainerStatus
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
@@ -52,8 +53,10 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
             checkpoint[type(precision).__qualname__] = state
         precision.on_save_checkpoint(checkpoint)
         loop = trainer.fit_loop
-        if loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate:  # inside an accumulation window
-            checkpoint["keraunos"]["gradients"] = {name: q.grad for name, q in module.named_parameters() if q.grad is not None}
+        # What a process that fails has gathered can't be averaged with what the others have.
+        alone = strategy.world_size == 1 or trainer.state.status is not TrainerStatus.INTERRUPTED
+        if alone and loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate:  # inside an accumulation window
+            checkpoint["keraunos"]["gradients"] = strategy.accumulated_gradients()
         batches = loop.progress.position()["batch_idx"]
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
@@ -160,10 +163,7 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state = checkpoint.get(type(strategy.precision).__qualname__)
     if state is not None:
         strategy.precision.load_state_dict(state)
-    gradients = names.get("gradients", {})
-    for name, parameter in trainer.lightning_module.named_parameters():
-        if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device)
+    strategy.load_accumulated_gradients(names.get("gradients", {}))
 
 
 def _compare(what: str, saved: list[str] | None, states: list[Any], here: list[str]) -> None:

@@ -175,7 +175,6 @@ def logged(rank: int, size: int, known: bool) -> dict[str, float]:
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
-@pytest.mark.xfail(strict=True, reason="the hooks around a step log repeated batches too")
 @pytest.mark.parametrize("known", [True, False])
 def test_repeated_batches_count_in_no_logged_value(known: bool) -> None:
     mean = pytest.approx((0 + 1 + 2 + 10 + 11 + 12 + 13 + 14) / 8)

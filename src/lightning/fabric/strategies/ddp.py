@@ -10,6 +10,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -191,6 +192,14 @@ class DDPStrategy(ParallelStrategy):
             trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._averages[optimizer](trained)
         return result
+
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """Their means over all processes: with those of the window's other batches they average to the same."""
+        assert self.module is not None
+        trained = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in trained.items() if parameter.grad is None}
+        means = self.reduce_named({name: (zeros.get(name, parameter.grad), "mean") for name, parameter in trained.items()})  # type: ignore[misc]
+        return {name: mean for name, mean in means.items() if name not in zeros or mean.any()}
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

@@ -378,6 +378,18 @@ class Strategy:
         """Load the state of an optimizer."""
         optimizer.load_state_dict(state)
 
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """The gradients of an accumulation window that is not over, by name, as a checkpoint holds them; every process must call it."""
+        assert self.module is not None
+        return {name: parameter.grad for name, parameter in self.module.named_parameters() if parameter.grad is not None}
+
+    def load_accumulated_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Go on with an accumulation window: give the parameters what :meth:`accumulated_gradients` returned."""
+        assert self.module is not None
+        for name, parameter in self.module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint: all of it, or nothing; every process must call it."""
         if self.is_global_zero:

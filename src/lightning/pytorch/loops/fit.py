@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
-from lightning.pytorch.dispatch import override_of, scoped
+from lightning.pytorch.dispatch import no_op, override_of, scoped
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import counted, looked_ahead
 from lightning.pytorch.loops.progress import FitProgress, Next
@@ -28,6 +28,7 @@ from lightning.pytorch.metric_entry import Entry
 from lightning.pytorch.trainer.states import RunningStage
 
 if TYPE_CHECKING:
+    from lightning.fabric.uneven import Lockstep
     from lightning.pytorch.trainer.trainer import Trainer
 
 UNBOUNDED = float("inf")
@@ -144,7 +145,15 @@ class FitLoop:
             return iter(())
         source = counted if loader.length_is_exact else looked_ahead
         fetched = bind.fetched(self.trainer, loader.iterable, "[_TrainingEpochLoop].train_dataloader_next")
-        return source(fetched, p.batch_idx, loader.num_batches, self.prepare)
+        batches = source(fetched, p.batch_idx, loader.num_batches, self.prepare)
+        return batches if loader.lockstep is None else self.weighed(batches, loader.lockstep)
+
+    def weighed(self, batches: Iterator[tuple[Any, bool]], lockstep: Lockstep) -> Iterator[tuple[Any, bool]]:
+        """The batches of a run whose processes have different numbers of them: those that ran out repeat one that counts nothing."""
+        for batch, is_last in batches:
+            self.weight = lockstep.weight(self.progress.batch_idx)
+            with nullcontext() if self.weight else self.metrics.discarding():
+                yield batch, is_last
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -168,23 +177,24 @@ class FitLoop:
         self.batch = None
 
     def uneven_step(self, batch: Any) -> None:
-        """A step in a run whose processes have different numbers of batches: those that ran out repeat one that counts nothing."""
-        lockstep, index = self.loader.lockstep, self.progress.batch_idx  # type: ignore[union-attr]
+        """A step on such a batch: a repeated one leaves no trace in batch normalisation either."""
+        lockstep = self.loader.lockstep  # type: ignore[union-attr]
         assert lockstep is not None
-        self.weight = lockstep.weight(index)
-        with lockstep.turn(index, self.trainer.lightning_module), nullcontext() if self.weight else self.metrics.discarding():
+        with lockstep.turn(self.progress.batch_idx, self.trainer.lightning_module):
             self.even_step(batch)
 
     def closure(self) -> Any:
         """Everything before the update; the optimizer calls it, LBFGS more than once."""
         p, hooks, optimizer = self.progress, self.hooks, self.optimizer
+        if self.frees_early and p.batch_idx % self.accumulate == 0:
+            self.zero_grad(optimizer)  # so that old gradients take no memory while the new step needs most of it
         self.metrics.scope = "training_step"
         with self.forward_context():
             outputs = self.training_step(self.batch, p.batch_idx)
         loss = outputs if isinstance(outputs, Tensor) else self.loss_of(outputs)
         self.outputs = self.detach(outputs)
         del outputs
-        if p.batch_idx % self.accumulate == 0:
+        if not self.frees_early and p.batch_idx % self.accumulate == 0:
             hooks.on_before_zero_grad(optimizer)
             self.zero_grad(optimizer)
         if loss is not None:
@@ -385,6 +395,8 @@ class FitLoop:
             self.optimizer = trainer.strategy.optimizers[0]
             self.update = bind.update(trainer, self)
             self.zero_grad = bind.zero_grad(trainer, self)
+            overridden = override_of(module, "optimizer_zero_grad", LightningModule) is not None
+            self.frees_early = self.hooks.on_before_zero_grad is no_op and not overridden
             self.clip = bind.clip(trainer)
 
     def refresh(self) -> None:

@@ -347,10 +347,16 @@ class Trainer(TrainerAttributes):
 
         if self.strategy.lightning_module is None:
             raise AttributeError("`Trainer.save_checkpoint` needs a model: call fit, validate, test or predict before.")
+        failing = self.state.status is TrainerStatus.INTERRUPTED  # another process may be gone, and none may be waited for
+        if failing and self.strategy.forward_is_collective:
+            raise RuntimeError(
+                f"No checkpoint is saved while the run fails: under {type(self.strategy).__name__} each process holds a part of the "
+                "weights, and not all of them may be there. Continue from the last checkpoint that was saved before."
+            )
         with self.profiler.profile("save_checkpoint"):
             checkpoint = compose(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            if self.state.status is not TrainerStatus.INTERRUPTED:  # else another process may be gone
+            if not failing:
                 self.strategy.barrier("Trainer.save_checkpoint")
 
     @contextmanager

@@ -31,7 +31,7 @@ from lightning.fabric.launchers.failures import (
     report_failure,
     was_interrupted,
 )
-from lightning.fabric.launchers.processes import TICK, RankProcess, stop, wait
+from lightning.fabric.launchers.processes import TICK, RankProcess, stop, wait, wait_for_leaving
 
 R = TypeVar("R")
 
@@ -188,6 +188,7 @@ class Crew:
 
     def _stop(self) -> list[int]:
         self._note_exits()
+        wait_for_leaving(self.ranks, self.shutdown_timeout / 2)
         stopped = stop(self.ranks, patience=min(5.0, self.shutdown_timeout / 4))
         self._stopped.update(stopped)
         return stopped

@@ -31,7 +31,7 @@ from lightning.fabric.launchers.failures import (
     report_failure,
 )
 from lightning.fabric.launchers.launcher import Launcher, refuse_interactive, variables_of_rank
-from lightning.fabric.launchers.processes import RankProcess, stop, wait
+from lightning.fabric.launchers.processes import RankProcess, stop, wait, wait_for_leaving
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import require_free_port
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -189,6 +189,7 @@ class MultiprocessingLauncher(Launcher):
     def _failure(self, folder: Path) -> ProcessRaisedException | ProcessExitedException:
         wait(self._ranks, SETTLE)
         self._note_exits(folder, set())
+        wait_for_leaving(self._ranks, self.shutdown_timeout - 2 * self._patience, folder)
         failure = first_failure(folder)
         assert failure is not None
         stopped = stop(self._ranks, self._patience)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from lightning.fabric.launchers.failures import EXIT, STILL, failures
+
 TICK = 0.05  # seconds between two looks
 
 
@@ -79,6 +81,22 @@ def wait(processes: Iterable[RankProcess], seconds: float) -> bool:
             return False
         time.sleep(TICK)
     return True
+
+
+def wait_for_leaving(processes: Iterable[RankProcess], seconds: float, folder: Path | None = None) -> None:
+    """Wait for those that have an error of their own: they are on their way out, and may be saving what they can.
+
+    Args:
+        processes: may have ended already.
+        seconds: to wait at most.
+        folder: the run's directory; None for that of this process's run.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        leaving = {failure.rank for failure in failures(folder) if failure.kind not in (EXIT, STILL)}
+        if not any(process.is_running and process.rank in leaving for process in processes):
+            return
+        time.sleep(TICK)
 
 
 def stop(processes: list[RankProcess], patience: float) -> list[int]:

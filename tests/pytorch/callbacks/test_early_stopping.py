@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning.fabric.strategies import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,7 +30,7 @@ def stand_in(**overrides: Any) -> SimpleNamespace:
         sanity_checking=False,
         should_stop=False,
         state=SimpleNamespace(fn=TrainerFn.FITTING),
-        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all=True: decision),
+        strategy=Strategy(),
         val_check_interval=1.0,
         world_size=1,
     )
@@ -128,18 +129,6 @@ def test_stop_of_somebody_else_is_left_alone() -> None:
     callback, trainer = EarlyStopping("loss"), stand_in(should_stop=True)
     check(callback, [1.0], trainer)
     assert trainer.should_stop
-
-
-def test_any_process_stops_the_run() -> None:
-    asked = []
-
-    def reduce(decision: bool, all: bool = True) -> bool:
-        asked.append((decision, all))
-        return True
-
-    trainer = stand_in(strategy=SimpleNamespace(reduce_boolean_decision=reduce))
-    assert check(EarlyStopping("loss"), [1.0], trainer) == 0
-    assert asked == [(False, False)]
 
 
 @pytest.mark.parametrize(

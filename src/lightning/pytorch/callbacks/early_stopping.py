@@ -39,6 +39,9 @@ class EarlyStopping(Callback):
     the trainer does not follow, because ``min_epochs`` or ``min_steps`` is not reached, is taken back at the next check
     unless the metric still calls for it: a metric that has improved in the meantime does not end the run.
 
+    In a run of several processes each of them decides by its own value, and all stop together as soon as one says so; log
+    the metric with ``sync_dist=True`` to have one value, that of all data.
+
     Args:
         monitor: the key of the metric in ``trainer.callback_metrics``.
         min_delta: a change must be larger than this to count as an improvement. A negative one is a tolerance: a metric that
@@ -47,7 +50,7 @@ class EarlyStopping(Callback):
             ``check_val_every_n_epoch=2`` and a patience of 3, at least 6 epochs pass without improvement.
         verbose: log every improvement, and the reason for stopping.
         mode: ``"min"`` if smaller values are better, ``"max"`` if larger ones are.
-        strict: raise if the metric was not logged; otherwise warn and go on without a check.
+        strict: raise if the metric was not logged, in any of the processes; otherwise warn and go on without a check.
         check_finite: stop as soon as the metric is NaN or infinite.
         stopping_threshold: stop as soon as the metric is better than this.
         divergence_threshold: stop as soon as the metric is worse than this.
@@ -183,19 +186,23 @@ class EarlyStopping(Callback):
         return trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or bool(trainer.fast_dev_run)
 
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
-        """Read the metric, decide, and tell the trainer."""
-        metrics = trainer.callback_metrics
-        if not self._metric_is_there(metrics):
-            return
-        # One read of the device; all that follows is arithmetic on the host.
-        current = metrics[self.monitor].detach().cpu().squeeze()
-        should_stop, message = self._evaluate_stopping_criteria(current)
-
-        should_stop = trainer.strategy.reduce_boolean_decision(should_stop, all=False)
-        if should_stop:
+        """Read the metric, decide, and tell the trainer. Each process decides by its own value, and all stop if any says so."""
+        metrics, vote = trainer.callback_metrics, trainer.strategy.reduce_boolean_decision
+        known = self.monitor in metrics
+        if not vote(known):  # some process has no value to decide on
+            self._report_missing(metrics)
+            if not vote(known, all=False):
+                return
+        should_stop, message = False, None
+        if known:
+            # One read of the device; all that follows is arithmetic on the host.
+            should_stop, message = self._evaluate_stopping_criteria(metrics[self.monitor].detach().cpu().squeeze())
+        if vote(should_stop, all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason_message = message
+            mine = self.stopping_reason if should_stop else EarlyStoppingReason.NOT_STOPPED
+            self.stopping_reason = EarlyStoppingReason(int(trainer.strategy.reduce(torch.tensor(mine.value), reduce_op="max")))
+            self.stopping_reason_message = message if should_stop else f"The metric {self.monitor} of another process called for it."
         else:
             # A run that goes on was not stopped, whatever an earlier check had decided.
             self.stopped_epoch = 0
@@ -204,18 +211,16 @@ class EarlyStopping(Callback):
         if message is not None and self.verbose:
             self._log_info(trainer, message)
 
-    def _metric_is_there(self, metrics: Mapping[str, Tensor]) -> bool:
-        if self.monitor in metrics:
-            return True
+    def _report_missing(self, metrics: Mapping[str, Tensor]) -> None:
         available = ", ".join(f"`{key}`" for key in metrics) or "none; log one with `self.log`"
+        lacking = "has not been logged" if self.monitor not in metrics else "has been logged here, but not in every process"
         message = (
-            f"`EarlyStopping` monitors the metric `{self.monitor}`, which has not been logged. Set `EarlyStopping(monitor=...)` to one "
+            f"`EarlyStopping` monitors the metric `{self.monitor}`, which {lacking}. Set `EarlyStopping(monitor=...)` to one "
             f"of the metrics that have been: {available}."
         )
         if self.strict:
             raise RuntimeError(message)
         rank_zero_warn(message, category=RuntimeWarning)
-        return False
 
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Whether ``current``, a scalar on the CPU, calls for a stop, and a message to log."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import proxy
 
 import torch
@@ -20,12 +20,14 @@ from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks import checkpoint_names as names
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.callbacks.checkpoint_schedule import Schedule, refuse
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BOOKS = ("best_k_models", "best_model_path", "best_model_score", "current_score", "kth_best_model_path", "kth_value", "last_model_path")
 
@@ -42,6 +44,8 @@ class ModelCheckpoint(Checkpoint):
     of the current weights is there. The books (``best_k_models``, ``best_model_path``, ...) change, and files that dropped out are
     removed, only once the new file is complete; a save that fails raises. Nothing is saved by ``fast_dev_run``, in the sanity check, or
     outside of ``fit``.
+
+    In a run of several processes the metrics of rank 0 decide for all; log with ``sync_dist=True`` what shall be of all data.
 
     Several instances in one trainer must differ in ``monitor``, ``mode``, ``every_n_train_steps``, ``every_n_epochs`` or
     ``train_time_interval``.
@@ -214,8 +218,7 @@ class ModelCheckpoint(Checkpoint):
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: pl.Trainer) -> bool:
         """Whether a file or folder lies at ``filepath``; rank 0 looks, all ranks get its answer."""
-        exists = trainer.is_global_zero and files.exists(filepath)
-        return bool(trainer.strategy.broadcast(exists))
+        return bool(_of_rank_0(trainer, trainer.is_global_zero and files.exists(filepath)))
 
     @rank_zero_only
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
@@ -344,13 +347,10 @@ class ModelCheckpoint(Checkpoint):
         """Whether the monitored value is of the current weights, so that a decision can be taken."""
         if self.monitor is None or self.save_top_k == 0 or self.monitor in ("epoch", "step"):
             return True
-        if self.monitor not in trainer.callback_metrics:
-            return False
-        measured = trainer.metric_steps.get(self.monitor)
-        if measured == trainer.global_step:
-            return True
+        measured, validated = trainer.metric_steps.get(self.monitor), self._validated_step
         # A value of training that is not logged at every step may never be of the last weights of an epoch; the newest has to do.
-        return not at_batch and measured != self._validated_step
+        current = measured == trainer.global_step or (not at_batch and measured != validated)
+        return _of_rank_0(trainer, self.monitor in trainer.callback_metrics and current)
 
     def _save_due(self, trainer: pl.Trainer, at_batch: bool = False) -> None:
         """Save what steps or time made due, as soon as the metric allows it; ``last`` does not wait for it."""
@@ -403,7 +403,7 @@ class ModelCheckpoint(Checkpoint):
         metrics = dict(trainer.callback_metrics)
         for name, value in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
             metrics[name] = metrics[name].int() if name in metrics else torch.tensor(value)
-        return metrics
+        return _of_rank_0(trainer, metrics)
 
     def _save_top_k(self, trainer: pl.Trainer, metrics: dict[str, Tensor]) -> bool:
         """Save a checkpoint, then ``last``, and remove what dropped out; returns whether there was a reason to."""
@@ -469,7 +469,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _link(self, trainer: pl.Trainer, path: str) -> bool:
         target = self._last_checkpoint_saved
-        return bool(target and trainer.strategy.broadcast(trainer.is_global_zero and files.link(target, path)))
+        return bool(target and _of_rank_0(trainer, trainer.is_global_zero and files.link(target, path)))
 
     def _notify(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
@@ -528,6 +528,11 @@ class ModelCheckpoint(Checkpoint):
     def _say(self, message: str) -> None:
         if self.verbose:
             rank_zero_only(log.info)(message)
+
+
+def _of_rank_0(trainer: pl.Trainer, value: T) -> T:
+    """The value that rank 0 has, by which all processes decide alike; while a run is failing, nobody is waited for."""
+    return value if trainer.state.status == TrainerStatus.INTERRUPTED else trainer.strategy.broadcast(value)
 
 
 def _on_cpu(score: Any) -> Any:

@@ -292,7 +292,8 @@ class FitLoop:
         if not self.validates or (every is not None and (p.epoch + 1) % every != 0):
             return False
         if self.val_seconds is not None:
-            return time.monotonic() - self.validated_at >= self.val_seconds
+            over = time.monotonic() - self.validated_at >= self.val_seconds
+            return self.trainer.strategy.reduce_boolean_decision(over, all=False)  # the clocks of the processes differ
         if trainer.should_stop and self.updates and self.may_stop():
             return True  # the last weights are validated too
         if self.val_every == UNBOUNDED:

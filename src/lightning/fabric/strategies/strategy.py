@@ -437,6 +437,13 @@ class Strategy:
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
 
+    def watch(self, position: Callable[[], Any]) -> None:
+        """Watch over the processes of a run until :meth:`teardown`; nothing to do for one.
+
+        Args:
+            position: where the run is.
+        """
+
     def on_exception(self, exception: BaseException) -> None:
         """Hear that this process has failed: from here on nothing may wait for another one."""
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning.fabric.precision import Precision
 from lightning.fabric.strategies.strategy import Strategy
@@ -181,6 +182,16 @@ def update(trainer: Trainer, loop: FitLoop) -> Callable[[Callable[[], Any]], Any
     else:
         step = partial(strategy.optimizer_step, optimizer)
     return profiled(trainer, step, f"[LightningModule]{type(trainer.lightning_module).__name__}.optimizer_step")
+
+
+def zeroes_plainly(trainer: Trainer) -> bool:
+    """Whether zeroing gradients runs nobody's code but torch's, so that nobody sees when it happens."""
+    optimizer = trainer.strategy.optimizers[0]
+    return (
+        override_of(trainer.lightning_module, "optimizer_zero_grad", LightningModule) is None
+        and type(optimizer).zero_grad is Optimizer.zero_grad
+        and "zero_grad" not in vars(optimizer)
+    )
 
 
 def zero_grad(trainer: Trainer, loop: FitLoop) -> Callable[[Any], Any]:

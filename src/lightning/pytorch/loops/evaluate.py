@@ -114,7 +114,7 @@ class EvaluationLoop:
         metrics.dataloader_idx = index if several else None
         prepare = bind.transfer(self.trainer, index)
         start, end, step, forward_context, takes_index = self.start, self.end, self.step, self.forward_context, self.takes_index
-        scope = f"{self.name}_step"
+        scope, signals = f"{self.name}_step", self.trainer._signals
         self.batch_idx, before = 0, seen[index]
         entries, known, logs_steps, shown = self.entries, 0, False, not self.trainer.sanity_checking
         fetched = bind.fetched(self.trainer, loader, f"[_EvaluationLoop].{self.source}_next")
@@ -138,6 +138,8 @@ class EvaluationLoop:
             if logs_steps:
                 metrics.send_step_values(seen[index], with_epoch=False)
             seen[index] += 1
+            if signals is not None and signals.pending:
+                signals.heed(self.trainer.fit_loop.progress.total_batches, metrics.serial)
         if seen[index] == before:
             rank_zero_warn(f"The {self.source} loader number {index}, a {type(loader).__name__}, gave no batch: nothing was computed.")
 

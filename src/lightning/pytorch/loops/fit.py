@@ -88,6 +88,7 @@ class FitLoop:
                 self.loader.set_epoch(p.epoch)  # type: ignore[union-attr]
                 run_epoch()
                 p.next_epoch()
+            self.trainer._signals.finish()  # type: ignore[union-attr]
             self.say_why()
             hooks.on_train_end()
 
@@ -99,7 +100,8 @@ class FitLoop:
             self.refresh()
             if trainer.should_stop and self.done():
                 p.next = Next.EPOCH_END  # without a batch
-        self.accumulate, last_step = trainer.accumulate_grad_batches, self.last_step
+        self.accumulate, last_step, signals = trainer.accumulate_grad_batches, self.last_step, trainer._signals
+        assert signals is not None
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
             self.catch_up()
         for batch, is_last in self.batches():  # from p.batch_idx, already on the device
@@ -123,6 +125,8 @@ class FitLoop:
                 metrics.flush(p.stepped, self.log_step, trainer.should_stop)  # the only device-to-host read
             if p.next is Next.VALIDATE:
                 self.validate()
+            if signals.pending:
+                signals.heed(p.total_batches, metrics.serial)
             if self.updates:
                 self.schedulers.step_plateau_batch()
                 if (trainer.should_stop or p.global_step >= last_step) and self.done():
@@ -396,8 +400,7 @@ class FitLoop:
             self.optimizer = trainer.strategy.optimizers[0]
             self.update = bind.update(trainer, self)
             self.zero_grad = bind.zero_grad(trainer, self)
-            overridden = override_of(module, "optimizer_zero_grad", LightningModule) is not None
-            self.frees_early = self.hooks.on_before_zero_grad is no_op and not overridden
+            self.frees_early = self.hooks.on_before_zero_grad is no_op and bind.zeroes_plainly(trainer)
             self.clip = bind.clip(trainer)
 
     def refresh(self) -> None:

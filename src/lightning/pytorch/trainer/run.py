@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optim
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
 from lightning.pytorch.loops.bind import profiled
 from lightning.pytorch.trainer import checks
+from lightning.pytorch.trainer.position import position_of
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -120,6 +122,9 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     strategy.setup_environment()
     if strategy.accelerator is not None:
         strategy.accelerator.setup(trainer)
+    if strategy.is_distributed:
+        strategy.watch(partial(position_of, trainer))
+    listen(trainer)
     trainer._metrics.strategy, trainer._metrics.module = strategy if strategy.is_distributed else None, module
     if trainer._profiler is not None:
         rank = trainer.local_rank if trainer.world_size > 1 else None
@@ -158,6 +163,21 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
             ckpt.restore_training(trainer, checkpoint)
     if checkpoint is not None:
         ckpt.announce(path, fitting)
+
+
+def listen(trainer: Trainer) -> None:
+    """Take note of signals that ask for a stop, from here to the end of the run."""
+    from lightning.pytorch.trainer.signals import signals_of
+
+    trainer._signals = signals_of(trainer)
+    trainer._signals.install()
+
+
+def stop_listening(trainer: Trainer) -> None:
+    """Give the signals back to those that had them before."""
+    if trainer._signals is not None:
+        trainer._signals.restore()
+        trainer._signals = None
 
 
 def prepare_data(trainer: Trainer) -> None:
@@ -213,6 +233,7 @@ def finish(trainer: Trainer) -> None:
     """The hooks of the end, then free everything."""
     if trainer.state.fn is TrainerFn.FITTING:
         trainer._hooks.on_fit_end()
+    stop_listening(trainer)
     call_stage_hooks(trainer, "teardown")
     trainer._metrics.settle()
     for logger in trainer.loggers:
@@ -231,6 +252,7 @@ def fail(trainer: Trainer, error: BaseException) -> None:
 
         report_failure(error)  # first of all: the other processes are waiting for this one
         trainer.strategy.on_exception(error)
+    stop_listening(trainer)
     module = trainer.strategy.lightning_module
     if isinstance(error, KeyboardInterrupt):
         rank_zero_info("Interrupted: the run ends here, and everything is closed.")

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Signals:
         numbers: the signals.
         position: the number of training batches, and of batches of any kind, that this process has taken. Called from another thread.
         channel: to the other processes; None if there is one process only.
+        act: called with the number of a signal where the run stops.
         lockstep: whether all processes take the same number of batches in evaluation too, since a forward pass needs all of them.
 
     Attributes:
@@ -83,7 +85,9 @@ class Signals:
         position: Callable[[], tuple[int, int]],
         channel: SideChannel | None = None,
         lockstep: bool = False,
+        act: Callable[[int], None] | None = None,
     ) -> None:
+        self.act = act
         self.numbers = list(dict.fromkeys(numbers))
         self.position = position
         self.channel = channel
@@ -171,6 +175,12 @@ class Signals:
         self._end_round()
         return decision.number
 
+    def heed(self, step: int, serial: int) -> None:
+        """Settle, and do what the signal asks for if that is here."""
+        number = self.settle(step, serial)
+        if number is not None and self.act is not None:
+            self.act(number)
+
     def finish(self) -> None:
         """The loop is over: this process comes to no boundary any more."""
         self._over, self.pending = True, False
@@ -251,7 +261,9 @@ def signals_of(trainer: Trainer) -> Signals:
     if environment is not None and environment.requeue_signal is not None:
         numbers.append(environment.requeue_signal)
     channel = getattr(strategy, "side_channel", None)
-    return Signals(numbers, lambda: (progress.total_batches, metrics.serial), channel, strategy.forward_is_collective)
+    return Signals(
+        numbers, lambda: (progress.total_batches, metrics.serial), channel, strategy.forward_is_collective, partial(act, trainer)
+    )
 
 
 def slurm_of(trainer: Trainer) -> SLURMEnvironment | None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.dispatch import Hooks
     from lightning.pytorch.loggers.logger import Logger
     from lightning.pytorch.profilers.profiler import Profiler
+    from lightning.pytorch.trainer.signals import Signals
     from lightning.pytorch.utilities.types import EVAL_DATALOADERS, EVALUATE_OUTPUT, TRAIN_DATALOADERS
 
 Batches = int | float | None
@@ -161,6 +162,7 @@ class Trainer(TrainerAttributes):
         self.datamodule: LightningDataModule | None = None
         self._model_registry = model_registry
         self._ckpt_path: Any = None
+        self._signals: Signals | None = None  # during a run
         self._launched = False  # whether this process is inside of an entry point, all processes having been started
         self._hooks: Hooks = None  # type: ignore[assignment]  # resolved when a run starts
         self._metrics = Metrics()
@@ -177,7 +179,7 @@ class Trainer(TrainerAttributes):
         parts.announce(self._runtime)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hooks": None}  # a run resolves them
+        return {**vars(self), "_hooks": None, "_signals": None}  # a run resolves them
 
     # ---- entry points -----------------------------------------------------------------------------------------------
 

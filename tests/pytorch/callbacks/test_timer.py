@@ -34,9 +34,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def stand_in() -> SimpleNamespace:
     """What Timer asks of a trainer."""
-    return SimpleNamespace(
-        is_global_zero=True, sanity_checking=False, should_stop=False, strategy=SimpleNamespace(broadcast=lambda obj, src=0: obj)
-    )
+    strategy = SimpleNamespace(broadcast=lambda obj, src=0: obj)
+    return SimpleNamespace(is_global_zero=True, sanity_checking=False, should_stop=False, world_size=1, strategy=strategy)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +159,25 @@ def test_stop_comes_when_the_time_is_up(clock: Clock, interval: str, hook: str) 
 
 def test_stop_is_decided_by_rank_zero(clock: Clock) -> None:
     timer, trainer = Timer("00:00:00:10"), stand_in()
-    trainer.strategy.broadcast = lambda obj, src=0: True
+    trainer.strategy.broadcast = lambda obj, src=0: (True, 0)
     timer.on_train_batch_end(trainer, None)
     assert trainer.should_stop
+
+
+def test_several_processes_look_at_the_clock_once_a_second_and_more_often_towards_the_end(clock: Clock) -> None:
+    timer, trainer, looks = Timer("00:00:00:10"), stand_in(), []
+    trainer.world_size = 2
+    trainer.strategy.broadcast = lambda obj, src=0: looks.append(clock.now) or obj
+    timer.on_fit_start(trainer)
+    timer.on_train_start(trainer, None)
+    steps = 0
+    while not trainer.should_stop:
+        clock.now += 0.05
+        steps += 1
+        timer.on_train_batch_end(trainer, None)
+    assert steps == pytest.approx(200, abs=1)
+    assert len(looks) < 40
+    assert max(later - earlier for earlier, later in zip(looks, looks[1:])) <= 1.1
 
 
 def test_no_stop_without_a_duration(clock: Clock) -> None:

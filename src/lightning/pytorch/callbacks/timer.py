@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY = 1.0  # seconds between two looks of several processes at the clock
+MOST_SKIPPED = 1000  # steps between two looks
+
 
 class Interval(LightningEnum):
     """After what :class:`Timer` looks at the clock."""
@@ -31,6 +34,8 @@ class Timer(Callback):
 
     The time spent training is part of the checkpoint, so that a run that is interrupted and resumed has its duration as a
     whole. What is running when the time is up, a step or an epoch, is completed.
+
+    In a run of several processes the clock of rank 0 counts for all. They ask for it about once a second, not after each step.
 
     Args:
         duration: how long training may take: a string ``"DD:HH:MM:SS"``, a :class:`datetime.timedelta`, or a dict of the
@@ -68,6 +73,8 @@ class Timer(Callback):
         # Seconds spent training before the checkpoint from which this run resumed.
         self._offset = 0.0
         self._told = False
+        self._looked_at: float | None = None  # seconds elapsed when the clock was last looked at in this run
+        self._planned = self._skip = 0  # steps between the last look and the next, and how many of them are left
 
     def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """When ``stage`` last began, in seconds of :func:`time.monotonic`; None before that."""
@@ -92,7 +99,7 @@ class Timer(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """A run that resumes with its time used up ends before its first step."""
-        self._told = False
+        self._told, self._looked_at, self._planned, self._skip = False, None, 0, 0
         if self._duration is not None:
             self._check_time_remaining(trainer)
 
@@ -136,7 +143,10 @@ class Timer(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop here if the time is up and the interval is a step."""
         if self._duration is not None and self._interval is Interval.step:
-            self._check_time_remaining(trainer)
+            if self._skip:
+                self._skip -= 1
+            else:
+                self._check_time_remaining(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop here if the time is up and the interval is an epoch."""
@@ -162,12 +172,24 @@ class Timer(Callback):
     def _check_time_remaining(self, trainer: pl.Trainer) -> None:
         assert self._duration is not None
         # The processes of a run look at their clocks at different moments and must leave the loop at the same step.
-        if not trainer.strategy.broadcast(self.time_elapsed() >= self._duration):
+        elapsed = self.time_elapsed()
+        plan = self._steps_to_skip(elapsed) if trainer.world_size > 1 else 0
+        over, self._planned = trainer.strategy.broadcast((elapsed >= self._duration, plan))
+        self._looked_at, self._skip = elapsed, self._planned
+        if not over:
             return
         trainer.should_stop = True
         if self._verbose and not self._told and trainer.is_global_zero:
             self._told = True  # until `min_epochs` is reached, every further check would say it again
             log.info(f"Time limit reached. Elapsed time is {timedelta(seconds=int(self.time_elapsed()))}. Signaling Trainer to stop.")
+
+    def _steps_to_skip(self, elapsed: float) -> int:
+        """How many steps may pass before the next look, by the time that each has taken since the last one."""
+        assert self._duration is not None
+        if self._looked_at is None or elapsed <= self._looked_at:
+            return 0
+        per_step = (elapsed - self._looked_at) / (self._planned + 1)
+        return max(0, min(MOST_SKIPPED, int(min(LOOK_EVERY, (self._duration - elapsed) / 4) / per_step)))
 
 
 def _seconds(duration: object) -> float | None:

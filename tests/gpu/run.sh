@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run every check of this folder on a machine with a GPU: tests/gpu/run.sh [--device cpu]
+# Those of several processes run where there are two GPUs. ONLY='fsdp ddp' runs the checks whose names hold one of these words.
 #
 # Such a machine may have upstream's lightning installed, and our package refuses to run beside it. So Python runs without its
 # own site-packages (-S), and finds links to everything in them but upstream in a folder made here.
@@ -29,8 +30,12 @@ failed=0
 summary=""
 
 check() { # name of a script, then its arguments
-    local name=$1 start=$SECONDS code
+    local name=$1 start=$SECONDS code word wanted=${ONLY:+no}
     shift
+    for word in ${ONLY:-}; do
+        case "$name" in *"$word"*) wanted= ;; esac
+    done
+    [ -z "$wanted" ] || return 0
     echo "=== $name"
     "$python" -S "$here/$name" "$@"
     code=$?
@@ -45,5 +50,14 @@ case " $* " in
 esac
 check check_trainer_cuda.py "$@"
 check check_fabric_cuda.py "$@"
+gpus=$("$python" -S -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -ge 2 ]; then
+    check check_ddp_cuda.py
+    check check_launchers_nccl.py
+    check check_fsdp_cuda.py
+    check check_model_parallel_cuda.py
+else
+    summary+="ddp, launchers, fsdp, model_parallel skipped: they need two GPUs"$'\n'
+fi
 printf '\n=== summary\n%s' "$summary"
 exit "$failed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_several_processes_look_at_the_clock_once_a_second_and_more_often_toward
         timer.on_train_batch_end(trainer, None)
     assert steps == pytest.approx(200, abs=1)
     assert len(looks) < 40
-    assert max(later - earlier for earlier, later in zip(looks, looks[1:])) <= 1.1
+    assert max(later - earlier for earlier, later in pairwise(looks)) <= 1.1
 
 
 def test_no_stop_without_a_duration(clock: Clock) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -29,8 +30,8 @@ def run(precision: BitsandbytesPrecision, model: nn.Module) -> Tensor:
         return model(precision.convert_input(X))
 
 
-@pytest.mark.skipif(installed, reason="says what happens without bitsandbytes")
-def test_the_missing_library_is_named() -> None:
+def test_the_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
         BitsandbytesPrecision("nf4")
 

@@ -174,5 +174,5 @@ def test_zero_grad_that_is_set_on_the_optimizer_is_called(Weight: Any, make_trai
 
     model = Model()
     make_trainer(accumulate_grad_batches=2).fit(model, numbers(4))
-    assert calls == [1, 3]
+    assert len(calls) == 2
     assert model.weight.item() == -3.0

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 
 @pytest.fixture
@@ -114,6 +114,57 @@ def test_last_starts_anew_with_a_warning_where_there_is_none(Model: Any, make_tr
     with pytest.warns(UserWarning, match="no last checkpoint"):
         trainer.fit(model, numbers(2), numbers(1), ckpt_path="last")
     assert trainer.global_step == 2
+
+
+def test_last_looks_at_the_files_that_are_still_there(Model: Any, make_trainer: Any, numbers: Any) -> None:
+    class Claims(Checkpoint):
+        def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+            return {"gone.ckpt", "there.ckpt"}
+
+    trainer = make_trainer()
+    trainer.fit(Model(), numbers(3), numbers(1))
+    trainer.save_checkpoint("there.ckpt")
+    resumed = make_trainer(max_epochs=2, callbacks=[Claims(), Checkpoint()], enable_checkpointing=True)
+    resumed.fit(Model(), numbers(3), numbers(1), ckpt_path="last")
+    assert resumed.ckpt_path == "there.ckpt"
+    assert resumed.global_step == 6
+
+
+def test_last_may_lie_where_files_have_no_time(Model: Any, make_trainer: Any, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def modified(self: Any, path: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(MemoryFileSystem, "modified", modified)
+    saving = ModelCheckpoint("memory://timeless", save_last=True)
+    make_trainer(callbacks=saving, enable_checkpointing=True).fit(Model(), numbers(1), numbers(1))
+    resumed = make_trainer(max_epochs=2, callbacks=ModelCheckpoint("memory://timeless", save_last=True), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="not empty"):
+        resumed.fit(Model(), numbers(1), numbers(1), ckpt_path="last")
+    assert str(resumed.ckpt_path).endswith("timeless/last.ckpt")
+    assert resumed.global_step == 2
+
+
+def test_hpc_looks_for_files_of_that_name_only(Model: Any, make_trainer: Any, numbers: Any) -> None:
+    with pytest.raises(ValueError, match="no checkpoint hpc_ckpt"):
+        make_trainer(default_root_dir="nowhere").fit(Model(), numbers(1), numbers(1), ckpt_path="hpc")
+    trainer = make_trainer()
+    trainer.fit(Model(), numbers(1), numbers(1))
+    for name in ("hpc_ckpt_1.ckpt", "hpc_ckpt_12.ckpt.tmp", "my_hpc_ckpt_x.ckpt", "other.ckpt"):
+        trainer.save_checkpoint(name)
+    resumed = make_trainer(max_epochs=2)
+    resumed.fit(Model(), numbers(1), numbers(1), ckpt_path="hpc")
+    assert Path(resumed.ckpt_path).name == "hpc_ckpt_1.ckpt"
+
+
+@pytest.mark.parametrize("task", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(("path", "error", "message"), [("", ValueError, "an empty path"), (3, TypeError, "must be a path, a URL")])
+def test_what_is_no_path_is_refused(
+    Model: Any, make_trainer: Any, numbers: Any, task: str, path: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"`\.{task}\(ckpt_path={path!r}\)`.*{message}"):
+        getattr(make_trainer(), task)(Model(), *[numbers(1)] * (2 if task == "fit" else 1), ckpt_path=path)
 
 
 def test_hpc_means_the_one_with_the_highest_number(Model: Any, make_trainer: Any, numbers: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
@@ -109,6 +110,40 @@ def test_states_that_are_loaded_belong_to_each_callback_alone(make_trainer: Any,
     make_trainer(callbacks=callback, max_epochs=2).fit(Model(), numbers(1), ckpt_path="a.ckpt")
     assert callback.values == [1, 2]
     assert seen == [{"values": [1]}]
+
+
+# ---- data of any kind ---------------------------------------------------------------------------------------------------
+
+
+LOADERS = {
+    "batches": lambda data: DataLoader(data, batch_size=2),
+    "no batches": lambda data: DataLoader(data, batch_size=None),
+    "a batch sampler": lambda data: DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, False)),
+    "two loaders": lambda data: {"a": DataLoader(data), "b": DataLoader(data, batch_size=2)},
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_run_goes_on_within_an_epoch_of_any_data(make_trainer: Any, Numbers: Any, kind: str) -> None:
+    class Model(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen.append(str(batch))
+            return self.layer(torch.ones(1)).sum()
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if args[-1] == 1:
+                trainer.save_checkpoint("a.ckpt")
+
+    whole, resumed = Model(), Model()
+    make_trainer(callbacks=Save()).fit(whole, LOADERS[kind](Numbers(6)))
+    make_trainer().fit(resumed, LOADERS[kind](Numbers(6)), ckpt_path="a.ckpt")
+    assert len(whole.seen) >= 3
+    assert resumed.seen == whole.seen[2:]
 
 
 # ---- what is missing ------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def describe(loader: TrainLoader, batches: int, replicas: int) -> Position | Non
 
 def _order(loader: Any) -> dict[str, Any] | None:
     """In which order the samples come, where that follows from a few numbers."""
-    if not isinstance(loader, DataLoader) or has_iterable_dataset(loader) or type(loader.batch_sampler) is not BatchSampler:
+    if _batch_size(loader) is None:
         return None
     sampler = loader.sampler
     if type(sampler) is SequentialSampler:
@@ -81,7 +81,7 @@ def rest_of(loader: TrainLoader, saved: Position, epoch: int, replicas: int, ran
 
 def _batch_size(loader: Any) -> int | None:
     known = isinstance(loader, DataLoader) and not has_iterable_dataset(loader) and type(loader.batch_sampler) is BatchSampler
-    return loader.batch_size if known else None
+    return loader.batch_size if known else None  # None as well where the user made the batch sampler
 
 
 def _indices(order: dict[str, Any], length: int, epoch: int) -> list[int]:

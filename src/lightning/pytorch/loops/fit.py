@@ -36,6 +36,10 @@ CLOSURE_NOT_CALLED = (
     "The optimizer step did not call its closure, which runs training_step and backward: nothing was computed. In `optimizer_step` call "
     "`optimizer.step(closure=optimizer_closure)`, or call `optimizer_closure()` yourself; for full control use manual optimization."
 )
+RETURNED_NONE = (
+    "`training_step` returned None to skip the batch, which several processes cannot do: the others wait for the gradients of this "
+    "one. Return a loss that changes nothing, such as `0.0 * loss`."
+)
 
 
 class FitLoop:
@@ -224,8 +228,11 @@ class FitLoop:
 
         Raises:
             MisconfigurationException: if there is none, and it is not None either.
+            RuntimeError: if it is None, and other processes wait for this one's gradients.
         """
         if outputs is None:
+            if self.trainer.world_size > 1:
+                raise RuntimeError(RETURNED_NONE)
             if not self.told_of_none:
                 self.told_of_none = True
                 rank_zero_warn("`training_step` returned None: such a batch is skipped. If that is intended, ignore this warning.")

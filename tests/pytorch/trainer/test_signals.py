@@ -49,6 +49,29 @@ def test_handler_notes_the_signal_and_calls_the_original_one() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_signals_are_acted_upon_one_after_the_other() -> None:
+    signals = alone()
+    signals.install()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    assert [signals.settle(1, 1), signals.pending, signals.settle(1, 1), signals.pending] == [signal.SIGUSR1, True, signal.SIGTERM, False]
+    signals.restore()
+    assert signals.received == [signal.SIGUSR1, signal.SIGTERM]
+
+
+def test_term_that_comes_too_late_ends_the_process_after_the_run() -> None:
+    child = os.fork()
+    if child == 0:
+        signals = alone()
+        signals.install()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.finish()
+        signals.restore()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+
+
 def test_handler_that_came_later_stays() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     later = lambda number, frame: None  # noqa: E731

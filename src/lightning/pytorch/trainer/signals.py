@@ -76,7 +76,7 @@ class Signals:
 
     Attributes:
         pending: True if :meth:`settle` is to be called at the next boundary between two batches.
-        received: the signals that have come to this process, in order.
+        received: the signals that were acted upon, or are to be: those that have come to this process, and to others.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Signals:
         self.lockstep = lockstep
         self.pending = False
         self.received: list[int] = []
-        self._served = 0  # of those received
+        self._open: list[int] = []  # those that have come to this process and were not acted upon
         self._originals: dict[int, Any] = {}
         self._owner = os.getpid()
         self._round = 0  # of agreeing
@@ -117,20 +117,28 @@ class Signals:
             self.channel.every(self._listen, LISTEN)
 
     def restore(self) -> None:
-        """Give the signals back to those that had them before, and expect no boundary any more."""
+        """Give the signals back to those that had them before, and expect no boundary any more.
+
+        A SIGTERM that has come too late for a boundary then does what it would have done without this class.
+        """
         if not self._over:
             self.finish()
         for number, original in self._originals.items():
             if signal.getsignal(number) == self._note and original is not None:
                 signal.signal(number, original)
+        late = signal.SIGTERM in self._open and self._originals.get(signal.SIGTERM) is signal.SIG_DFL
         self._originals.clear()
+        if late:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a worker of a loader, which has inherited this handler, and is to be ended
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received.append(number)
+        for numbers in (self.received, self._open):
+            if number not in numbers:
+                numbers.append(number)
         if self.channel is None:
             self.pending = True
         original = self._originals.get(number)
@@ -140,7 +148,7 @@ class Signals:
     @property
     def requested(self) -> bool:
         """Whether a stop was asked for, as far as this process knows by now."""
-        return self.pending or len(self.received) > self._served
+        return self.pending or bool(self._open)
 
     # ---- for the loops --------------------------------------------------------------------------------------------------
 
@@ -155,8 +163,8 @@ class Signals:
             the number of the signal if the run stops here, in all processes; None if it goes on.
         """
         if self.channel is None:
-            self.pending = False
-            number, self._served = self.received[self._served], len(self.received)
+            number = self._open.pop(0)
+            self.pending = bool(self._open)
             return number
         self._held = True
         deadline = time.monotonic() + GIVE_UP
@@ -173,6 +181,10 @@ class Signals:
         if not decision.is_due(step, serial):
             return None
         self._end_round()
+        if decision.number in self._open:
+            self._open.remove(decision.number)
+        if decision.number not in self.received:
+            self.received.append(decision.number)
         return decision.number
 
     def heed(self, step: int, serial: int) -> None:
@@ -189,7 +201,6 @@ class Signals:
 
     def _end_round(self) -> None:
         self.pending = self._held = False
-        self._served = len(self.received)
         self._decision = None
         self._decided.clear()
         self._asked = 0.0
@@ -209,8 +220,8 @@ class Signals:
             return LISTEN
         round_ = self._round
         name = f"stop/{round_}"
-        if len(self.received) > self._served:
-            number = self.received[self._served]
+        if self._open:
+            number = self._open[0]
             if number == signal.SIGTERM and first_failure() is not None:
                 leave(128 + number)  # the launcher ends what is left of a run that has failed
             number = channel.put_first(f"{name}/number", number)
@@ -289,13 +300,14 @@ def act(trainer: Trainer, number: int) -> None:
 
 
 def requeue(trainer: Trainer) -> None:
-    """Save a checkpoint from which the same command goes on, and put the SLURM job back into the queue.
+    """Save a checkpoint of a fit, from which the same command goes on, and put the SLURM job back into the queue.
 
     SLURM then ends the job, with SIGTERM at first, and starts it again when there is room. Until then the run goes on.
     """
-    path = trainer.strategy.broadcast(next_path(trainer) if trainer.is_global_zero else "")
-    rank_zero_info(f"The job's time is nearly over: saving {path}, to go on from there in the next job.")
-    trainer.save_checkpoint(path)
+    if trainer.state.fn == "fit":
+        path = trainer.strategy.broadcast(next_path(trainer) if trainer.is_global_zero else "")
+        rank_zero_info(f"The job's time is nearly over: saving {path}, to go on from there in the next job.")
+        trainer.save_checkpoint(path)
     if trainer.is_global_zero:
         call_scontrol()
 

@@ -163,7 +163,10 @@ def hand_to_torchrun(failure: Failure) -> None:
         with suppress(Exception):
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            get_error_handler().record_exception(RuntimeError(f"{failure}\n{failure.traceback}"))
+            try:  # its handler takes the traceback from what is being handled
+                raise RuntimeError(f"{failure}\n{failure.traceback}")
+            except RuntimeError as error:
+                get_error_handler().record_exception(error)
 
 
 def report_exit(rank: int, exit_code: int, folder: Path | None = None) -> None:

@@ -136,6 +136,7 @@ def new_weight(layer: Any, weight: Tensor, device: torch.device | None) -> Any:
     """The parameter for ``layer.weight`` made of a floating-point ``weight``; quantized if ``device`` is given."""
     import bitsandbytes as bnb
 
+    parameter: Any
     if isinstance(layer, bnb.nn.Linear8bitLt):
         layer.state.CB = layer.state.SCB = None
         training = layer.state.has_fp16_weights

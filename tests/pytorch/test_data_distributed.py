@@ -236,6 +236,26 @@ def test_each_of_several_validation_loaders_is_shared_out() -> None:
     assert sorted(sample for rank in ranks for (sample,) in rank[2]) == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
+class SideBySide(Evaluated):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.evaluated.append([each.item() for each in batch])
+        self.log("sum", sum(each.sum() for each in batch), sync_dist=True, reduce_fx="sum")
+
+
+def side_by_side(rank: int, size: int, mode: str) -> list[Any]:
+    model = SideBySide()
+    loaders = CombinedLoader([numbers(5), numbers(4, start=10)], mode)
+    results = [joined().validate(model, loaders, verbose=False)[0]["sum"] for _ in range(2)]
+    return [results, model.evaluated[: len(model.evaluated) // 2]]
+
+
+@pytest.mark.parametrize(("mode", "total", "last"), [("min_size", 6 + 46.0, [3.0, 13.0]), ("max_size_cycle", 10 + 56.0, [4.0, 10.0])])
+def test_loaders_side_by_side_are_shared_out_in_evaluation(mode: str, total: float, last: list[float]) -> None:
+    ranks = run(side_by_side, 2, mode)
+    assert [results for results, _ in ranks] == [[total, total]] * 2
+    assert sorted(batch for _, batches in ranks for batch in batches)[-1] == last
+
+
 def limited(rank: int, size: int, limit: Any) -> Any:
     model, trainer = Evaluated(), joined(limit_val_batches=limit)
     results = trainer.validate(model, numbers(5), verbose=False)

@@ -275,6 +275,7 @@ class RunData:
         asked = self._ask(stage)
         if isinstance(asked, CombinedLoader) and asked.mode != "sequential":
             # Loaders side by side count as one loader, whose batches are combinations.
+            asked.flattened = [self._shared_out(loader, stage) for loader in asked.flattened]
             loaders: list[Any] = [_Sized(asked)]
         elif isinstance(asked, CombinedLoader):
             loaders = list(asked.flattened)

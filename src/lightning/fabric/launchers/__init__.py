@@ -4,6 +4,7 @@ from lightning.fabric.launchers.failures import Failure, PeerFailure, first_fail
 from lightning.fabric.launchers.launcher import Launcher, is_interactive
 from lightning.fabric.launchers.multiprocessing import MultiprocessingLauncher
 from lightning.fabric.launchers.script import ScriptLauncher
+from lightning.fabric.launchers.xla import XLALauncher
 
 __all__ = [
     "Failure",
@@ -11,6 +12,7 @@ __all__ = [
     "MultiprocessingLauncher",
     "PeerFailure",
     "ScriptLauncher",
+    "XLALauncher",
     "first_failure",
     "is_interactive",
     "report_failure",

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
     from lightning.fabric.strategies.parallel import ParallelStrategy
     from lightning.fabric.strategies.registry import StrategyRegistry
+    from lightning.fabric.strategies.single_xla import SingleDeviceXLAStrategy, SingleTPUStrategy
+    from lightning.fabric.strategies.xla import XLAStrategy
+    from lightning.fabric.strategies.xla_fsdp import XLAFSDPStrategy
 
     STRATEGY_REGISTRY: StrategyRegistry
 
@@ -23,6 +26,10 @@ LATER = {
     "FSDPStrategy": "lightning.fabric.strategies.fsdp",
     "ModelParallelStrategy": "lightning.fabric.strategies.model_parallel",
     "ParallelStrategy": "lightning.fabric.strategies.parallel",
+    "SingleDeviceXLAStrategy": "lightning.fabric.strategies.single_xla",
+    "SingleTPUStrategy": "lightning.fabric.strategies.single_xla",
+    "XLAFSDPStrategy": "lightning.fabric.strategies.xla_fsdp",
+    "XLAStrategy": "lightning.fabric.strategies.xla",
 }
 
 __all__ = [
@@ -33,7 +40,11 @@ __all__ = [
     "ModelParallelStrategy",
     "ParallelStrategy",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
+    "SingleTPUStrategy",
     "Strategy",
+    "XLAFSDPStrategy",
+    "XLAStrategy",
 ]
 
 

@@ -171,9 +171,15 @@ class XLAStrategy(XLADeviceStrategy, ParallelStrategy):
             return
         import torch_xla.core.xla_model as xm
 
+        # Not in place, as in `xm.reduce_gradients`: torch_xla 2.9 loses what happens in place to a gradient that was added to before, so
+        # that the optimizer would see the local gradients of an accumulation window.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        averaged = [gradient.detach().clone() for gradient in gradients]
         if gradients:
-            xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1.0 / self.world_size)
+            xm.all_reduce(xm.REDUCE_SUM, averaged, scale=1.0 / self.world_size)
+        with torch.no_grad():
+            for gradient, mean in zip(gradients, averaged):
+                gradient.copy_(mean)
 
     def _average_if_due(self, optimizer: Optimizer) -> None:
         """Average gradients of a backward pass that the user has run by other means than :meth:`backward`."""
@@ -200,16 +206,19 @@ class XLAStrategy(XLADeviceStrategy, ParallelStrategy):
         self._average_if_due(optimizer)
         super().clip_gradients(optimizer, clip_val, algorithm)
 
-    @contextmanager
-    def no_backward_sync(self, module: Module | None = None) -> Generator[None, None, None]:
+    def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
         """A context in which backward keeps gradients local."""
+        return self._held_back()
+
+    @contextmanager
+    def _held_back(self) -> Generator[None, None, None]:
         outer, self._holds_back = self._holds_back, True
         try:
             yield
         finally:
             self._holds_back = outer
 
-    def block_backward_sync(self) -> AbstractContextManager[None]:
+    def block_backward_sync(self) -> AbstractContextManager[Any]:
         """Another name of :meth:`no_backward_sync`."""
         return self.no_backward_sync()
 

@@ -31,6 +31,22 @@ class XLADeviceStrategy(Strategy):
         sync()
         return super().batch_to_device(batch, device, dataloader_idx)
 
+    def backward(self, tensor: Tensor, module: Module | None = None, *args: Any, **kwargs: Any) -> None:
+        """Run backward on a scalar.
+
+        Raises:
+            RuntimeError: if this process, or the one that it was forked from, has computed gradients before it used an XLA device.
+        """
+        try:
+            super().backward(tensor, module, *args, **kwargs)
+        except RuntimeError as error:
+            if "device_ready_queues_" not in str(error):
+                raise
+            raise RuntimeError(
+                "PyTorch has looked for devices when this program first computed gradients, and there was no XLA device in use. Train on "
+                "XLA devices in a program, or a notebook kernel, that has trained on nothing else before."
+            ) from error
+
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the optimizer with a closure that computes the gradients, and send all of it to the device."""
         result = super().optimizer_step(optimizer, closure, **kwargs)

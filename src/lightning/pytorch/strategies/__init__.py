@@ -10,7 +10,11 @@ from lightning.fabric.strategies import (
     ModelParallelStrategy,
     ParallelStrategy,
     SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    SingleTPUStrategy,
     Strategy,
+    XLAFSDPStrategy,
+    XLAStrategy,
 )
 
 __all__ = [
@@ -20,6 +24,10 @@ __all__ = [
     "ModelParallelStrategy",
     "ParallelStrategy",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
+    "SingleTPUStrategy",
     "Strategy",
     "StrategyRegistry",
+    "XLAFSDPStrategy",
+    "XLAStrategy",
 ]

@@ -16,6 +16,8 @@ from processes import run
 from trainers import Regression, Vectors, joined, loader, quiet
 from training import largest_difference, plain
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
 TOLERANCE = 1e-6
 SAMPLES, BATCH = 30, 6  # 5 global batches in an epoch; BATCH is a multiple of 2 and 3
 
@@ -96,6 +98,19 @@ class Freezing(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "interval": "step"}}
 
 
+class Validated(Regression):
+    """Validates in the middle of epochs, with a backward of its own in training."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        (2 * loss).backward(*args, **kwargs)
+
+    def val_dataloader(self) -> Any:
+        return loader(Vectors(7), 2, 1)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val", self.loss(batch), sync_dist=True)
+
+
 class Plateau(Regression):
     """Its learning rate follows a loss that it logs."""
 
@@ -110,7 +125,7 @@ class Plateau(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
 
 
-MODELS = {model.__name__: model for model in (Regression, Adversarial, SecondOrder, Overriding, Skipping, Freezing, Plateau)}
+MODELS = {model.__name__: model for model in (Regression, Adversarial, SecondOrder, Overriding, Skipping, Freezing, Validated, Plateau)}
 Case = dict[str, Any]  # the name of a model, its arguments, those of the trainer, and those of DDPStrategy
 
 
@@ -119,6 +134,8 @@ def trained(trainer: Any, size: int, case: Case) -> dict[str, Any]:
     dataset: Any = Vectors(SAMPLES)
     if trainer.precision == "64-true":
         dataset.samples = dataset.samples.double()
+    if "accumulation" in case:
+        trainer.callbacks.append(GradientAccumulationScheduler(case["accumulation"]))
     trainer.fit(module, loader(dataset, BATCH, size))
     return {"losses": module.losses, "weights": plain(module.state_dict()), "steps": trainer.global_step}
 
@@ -155,6 +172,15 @@ def test_plain_training_is_that_of_one_process(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_accumulation_is_that_of_one_process_also_in_a_smaller_last_window(size: int) -> None:
     check(size, [{"trainer": {"accumulate_grad_batches": 2}}, {"trainer": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.3}}])
+
+
+def test_accumulation_that_changes_is_that_of_one_process() -> None:
+    schedule = {0: 1, 1: 3, 2: 2}
+    check(2, [{"accumulation": schedule, "trainer": {"max_epochs": 4}, "ddp": ddp} for ddp in ({}, {"static_graph": True})])
+
+
+def test_validation_in_the_middle_of_windows_changes_nothing() -> None:
+    check(2, [{"model": "Validated", "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 1}}, {"model": "Validated"}])
 
 
 def test_clipping_is_that_of_one_process() -> None:

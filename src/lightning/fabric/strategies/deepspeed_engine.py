@@ -199,10 +199,17 @@ class Engine:
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients of the step to come, wherever they are kept; all processes must call it."""
-        from deepspeed.utils import safe_update_full_grad_vectorized
+        from deepspeed import utils
 
         trained = [parameter for group in self.parameters for parameter in group]
-        safe_update_full_grad_vectorized(trained, lambda gradient, parameter: gradient * factor)
+        if self.raw.zero_optimization_partition_weights():
+            for parameter in trained:
+                utils.safe_set_local_grad(parameter, utils.safe_get_local_grad(parameter) * factor)
+            return
+        utils.safe_update_full_grad_vectorized(trained, lambda gradient, parameter: gradient * factor)
+        norms = getattr(self.raw.optimizer, "norm_for_param_grads", {})  # known already, where gradients are offloaded
+        for parameter in norms:
+            norms[parameter] = norms[parameter] * factor
 
 
 def rounded_weights(module: Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -272,3 +272,24 @@ def test_metrics_of_torchmetrics_are_computed_over_all_processes() -> None:
         assert metrics["largest"] == 4.0
         assert metrics["rarely"] == 2.0
         assert metrics["train_epoch"] == 1.5
+
+
+# ---- loggers --------------------------------------------------------------------------------------------------------
+
+
+class Stepwise(Weight):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.log("loss", float(self.trainer.global_rank), sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+
+def logged_by(rank: int, size: int, loggers: list[bool]) -> list[Any]:
+    rows = Rows()
+    trainer = joined(logger=rows if loggers[rank] else False)
+    trainer.fit(Stepwise(), numbers(4))
+    return [trainer.callback_metrics["loss"].item(), [value for _, value in rows.of("loss")]]
+
+
+@pytest.mark.parametrize("loggers", [[True, False], [False, False], [False, True]])
+def test_some_processes_may_have_no_logger(loggers: list[bool]) -> None:
+    assert run(logged_by, 2, loggers, timeout=20) == [[0.5, [0.5, 0.5] if logs else []] for logs in loggers]

@@ -210,7 +210,8 @@ class Metrics:
 
     def restart_flush(self, stepped: int) -> None:
         """Set when the next flush is due, ``stepped`` batches having been stepped on."""
-        self.flush_at = (stepped // self.every + 1) * self.every if self.loggers and self.every > 0 else NEVER
+        wanted = self.loggers or self.strategy is not None  # of several processes, others may have a logger
+        self.flush_at = (stepped // self.every + 1) * self.every if wanted and self.every > 0 else NEVER
 
     # ---- what others read -------------------------------------------------------------------------------------------
 

@@ -217,3 +217,9 @@ def test_a_wrong_flag_is_named_with_what_to_do(flags: dict[str, Any], kind: type
 def test_a_device_that_is_not_there_is_named_with_those_that_are(flags: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match=r"was asked for, and this machine has .*Present: \['cpu'"):
         resolve(**flags)
+
+
+def test_one_device_is_not_taken_where_several_were_asked_for() -> None:
+    for flags in ({"devices": 2}, {"num_nodes": 2}, {"devices": 2, "strategy": SingleDeviceStrategy()}):
+        with pytest.raises(MisconfigurationException, match="asks for 2 processes, and SingleDeviceStrategy runs on one device"):
+            resolve(accelerator="cpu", **{"strategy": "single_device", **flags})  # type: ignore[arg-type]

@@ -103,6 +103,29 @@ def test_forked_evaluation_returns_the_results_of_all_data() -> None:
     assert trainer.test(model, numbers(1), verbose=False) == [{"test": 0.0}]
 
 
+class Configured(Regression):
+    """Makes its layers when a run starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+        self.net = None  # type: ignore[assignment]
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            torch.manual_seed(3)
+            self.net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1))
+
+
+def test_layers_that_were_made_in_the_forks_come_back_too() -> None:
+    model = Configured()
+    assert list(model.state_dict()) == []
+    quiet(strategy="ddp_fork", devices=2).fit(model, loader(Vectors(30), 6, 2))
+    alone = Configured()
+    quiet().fit(alone, loader(Vectors(30), 6, 1))
+    assert largest_difference(plain(model.state_dict()), plain(alone.state_dict())) < 1e-6
+
+
 def test_forked_weights_are_those_of_one_process() -> None:
     models = [Regression(), Regression()]
     quiet(strategy="ddp_fork", devices=2).fit(models[0], loader(Vectors(30), 6, 2))

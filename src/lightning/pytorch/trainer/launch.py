@@ -93,6 +93,9 @@ class Outcome:
     def take_over(self, trainer: Trainer, module: Any) -> None:
         """Let the trainer of this process, and its model, become what the copies have become."""
         module = module if module is not None else trainer.lightning_module
+        if module.state_dict().keys() != self.weights.keys():
+            module.trainer = trainer
+            module.configure_model()  # its layers were made in the copies alone
         module.load_state_dict(self.weights)
         trainer.strategy.connect(module)
         module.trainer = trainer

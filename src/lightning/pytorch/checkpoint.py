@@ -285,44 +285,30 @@ def _best(trainer: Trainer, call: str) -> str:
 
 
 def _last(trainer: Trainer, call: str) -> str | None:
+    from lightning.fabric.checkpoint.generations import newest_valid
     from lightning.fabric.utilities.cloud_io import get_filesystem
 
-    candidates: dict[str, float] = {}
+    candidates: set[str] = set()
     for callback in trainer.checkpoint_callbacks:
         finder = getattr(callback, "_find_last_checkpoints", None)
-        for path in finder(trainer) if finder is not None else ():
-            filesystem = get_filesystem(path)
-            if filesystem.exists(path):
-                candidates[str(path)] = _modified(filesystem, path)
+        candidates.update(str(path) for path in (finder(trainer) if finder is not None else ()) if get_filesystem(path).exists(path))
     if not candidates:
         rank_zero_warn(f"`{call}`: no last checkpoint was found, so none is loaded.")
         return None
-    return max(candidates, key=candidates.__getitem__)
-
-
-def _modified(filesystem: Any, path: Any) -> float:
-    try:
-        return float(filesystem.modified(path).timestamp())
-    except NotImplementedError:
-        return 0.0
+    return newest_valid(candidates)
 
 
 def _newest_hpc(trainer: Trainer) -> str | None:
-    """The checkpoint with the highest number that a preempted job left in the run's folder."""
-    import re
+    """The one with the highest number of those that preempted jobs left whole in the run's folder."""
+    from glob import escape
 
-    from lightning.fabric.utilities.cloud_io import get_filesystem
+    from lightning.fabric.checkpoint.generations import newest_valid
+    from lightning.fabric.utilities.cloud_io import join_path
 
-    folder = trainer.default_root_dir
-    filesystem = get_filesystem(folder)
-    if not filesystem.isdir(folder):
+    try:
+        return newest_valid(join_path(escape(str(trainer.default_root_dir)), "hpc_ckpt_*.ckpt"), by_name=True)
+    except FileNotFoundError:
         return None
-    found = {}
-    for path in filesystem.ls(folder, detail=False):
-        match = re.search(r"hpc_ckpt_(\d+)\.ckpt$", str(path))
-        if match:
-            found[int(match.group(1))] = str(path)
-    return found[max(found)] if found else None
 
 
 def announce(path: Any, fitting: bool) -> None:

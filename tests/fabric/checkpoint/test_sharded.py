@@ -203,7 +203,7 @@ def test_metadata_run_no_code(tmp_path: Path) -> None:
     with open(path / ".metadata", "wb") as file:
         pickle.dump(Gadget(), file)
     with pytest.raises(io.DamagedCheckpoint, match=r"posix\.mkdir|nt\.mkdir"):
-        io.load(path)
+        io.load(path, verify=False)
     assert not os.path.exists("run")
 
 
@@ -219,13 +219,13 @@ def test_metadata_name_no_files_of_others_and_no_bytes_for_tensors(tmp_path: Pat
     with open(path / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
     with pytest.raises(io.DamagedCheckpoint, match="not its own"):
-        io.load(path)
+        io.load(path, verify=False)
     info.relative_path = name
     metadata.state_dict_metadata["state_dict.first.weight"] = BytesStorageMetadata()
     with open(path / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
     with pytest.raises(io.DamagedCheckpoint, match="no tensor"):
-        io.load(path)
+        io.load(path, verify=False)  # whoever wrote that file would write checksums that suit it
 
 
 def of_another_shape(rank: int, size: int, path: str) -> None:

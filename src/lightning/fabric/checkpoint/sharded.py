@@ -2,17 +2,22 @@
 
 The tensors that are divided among processes (``DTensor``) go through ``torch.distributed.checkpoint``. In their places stand
 tensors without memory, which know the name under which theirs is kept; with them, everything else is in the file ``meta.pt``,
-whose presence makes the directory a checkpoint: it is written last.
+whose presence makes the directory a checkpoint: it is written last. Before it, ``manifest.json``, with the size and the checksum of each
+file; its own are in the seal of ``meta.pt``.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
+import secrets
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -20,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning.fabric.checkpoint import io
+from lightning.fabric.checkpoint import io, seal
 from lightning.fabric.checkpoint.io import DamagedCheckpoint, PathLike
 from lightning.fabric.utilities.cloud_io import local_path
 
 META = "meta.pt"
+MANIFEST = "manifest.json"
+SUMS = ".sums-"  # begins the names of files in which processes leave the checksums of what they wrote
 LEFT_UNREAD = ("state_dict", "optimizer_states")  # the entries of a run's checkpoint that are large
 
 
@@ -109,10 +116,48 @@ def write_shards(tensors: dict[str, Tensor], folder: str) -> None:
         if alone:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+            dcp.save(tensors, storage_writer=_summing_writer(folder), no_dist=alone)
         except CheckpointException as error:  # which is no Exception, so that handlers of those would not see it
             failed = "; ".join(f"rank {rank}: {reason[0]!r}" for rank, reason in sorted(error.failures.items()))
             raise OSError(f"The sharded checkpoint could not be written ({failed}).") from error
+
+
+def _summing_writer(folder: str) -> Any:
+    """Writes shards, and beside them their sizes and checksums, before the processes tell each other that they are done."""
+    from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+
+    sums: dict[str, tuple[int, int]] = {}
+
+    class SummingFileSystem(FileSystem):
+        @contextmanager
+        def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
+            with super().create_stream(path, mode) as stream:
+                if mode != "wb":
+                    yield stream
+                    return
+                summing = seal.Summing(stream)  # type: ignore[arg-type]
+                yield summing
+                sums[os.path.basename(path)] = (summing.size, summing.crc32)
+
+    class SummingWriter(FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            written = super().write_data(plan, planner)
+            _write_json(os.path.join(folder, f"{SUMS}{secrets.token_hex(8)}"), sums)
+            return written
+
+    writer = SummingWriter(folder)
+    writer.fs = SummingFileSystem()
+    return writer
+
+
+def _write_json(path: str, content: Any) -> tuple[int, int]:
+    """Write a file and flush it to the disk; returns its size and checksum."""
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+    with open(path, "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(text), zlib.crc32(text)
 
 
 def commit(plain: Any, folder: str, target: str) -> None:
@@ -123,25 +168,39 @@ def commit(plain: Any, folder: str, target: str) -> None:
         folder: holds all shards; it lies beside ``target``.
         target: where the checkpoint will be; what is there now is replaced.
     """
-    io.save(plain, os.path.join(folder, META))  # flushes the directory too
+    sums: dict[str, tuple[int, int]] = {}
+    names = os.listdir(folder)
+    for name in names:
+        if name.startswith(SUMS):
+            path = os.path.join(folder, name)
+            with open(path, encoding="utf-8") as file:
+                sums.update(json.load(file))
+            os.unlink(path)
+    files = [name for name in names if not name.startswith(SUMS)]
+    manifest = {name: sums.get(name) or seal.checksum_of(os.path.join(folder, name)) for name in files}
+    described = _write_json(os.path.join(folder, MANIFEST), {"version": 1, "files": manifest})
+    io.save(plain, os.path.join(folder, META), manifest=described)  # flushes the directory too
     io.replace(folder, target)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_sharded(path: PathLike, map_location: Any = None, weights_only: bool | None = None) -> Any:
+def read_sharded(path: PathLike, map_location: Any = None, weights_only: bool | None = None, verify: bool = True) -> Any:
     """Read a sharded checkpoint with all its tensors whole, in one process and without the others.
 
     Args:
         path: of the directory.
         map_location: where tensors go, as for :func:`torch.load`; those that were sharded go to the CPU if it is None.
         weights_only: False unpickles anything in ``meta.pt``; for checkpoints from a source you trust.
+        verify: compare the checksums of the files first.
 
     Raises:
         RuntimeError: if it is incomplete or damaged.
     """
-    checkpoint = io.load(os.path.join(os.fspath(path), META), map_location, weights_only)
+    if verify:
+        check_sizes(path)
+    checkpoint = io.load(os.path.join(os.fspath(path), META), map_location, weights_only, verify=verify)
     targets: dict[str, Tensor] = {}
 
     def make_room(tensor: Tensor, name: str) -> Tensor:
@@ -151,7 +210,7 @@ def read_sharded(path: PathLike, map_location: Any = None, weights_only: bool | 
         return targets.setdefault(stored, torch.empty(tensor.shape, dtype=tensor.dtype))
 
     result = map_tensors(make_room, checkpoint)
-    fill(path, targets)
+    fill(path, targets, verify)
     return result if map_location is None else map_tensors(lambda tensor, name: _placed(tensor, map_location), result)
 
 
@@ -168,6 +227,7 @@ def open_sharded(path: PathLike, weights_only: bool | None = None, left_unread: 
         weights_only: as for :func:`read_sharded`.
         left_unread: the names of these entries.
     """
+    check_sizes(path)
     checkpoint = io.load(os.path.join(os.fspath(path), META), io.keep_on_cpu, weights_only)
     folder = os.path.abspath(os.fspath(path))
 
@@ -197,12 +257,13 @@ def materialized(tree: Any) -> Any:
     return result
 
 
-def fill(path: PathLike, targets: Mapping[str, Tensor]) -> None:
+def fill(path: PathLike, targets: Mapping[str, Tensor], verify: bool = True) -> None:
     """Read tensors in place. Each process reads what it needs of them, without the others.
 
     Args:
         path: of the directory.
         targets: by the names under which they are kept: plain ones, filled whole, or sharded ones, of which this process's part is.
+        verify: compare the checksums of the files first, of those that are read.
 
     Raises:
         RuntimeError: if a tensor is not there, has another shape, or the checkpoint is damaged.
@@ -212,21 +273,106 @@ def fill(path: PathLike, targets: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
     folder = os.fspath(path)
+    manifest = read_manifest(folder) if verify else {}
     try:
+        _verify(folder, manifest, {".metadata"})
         metadata = _metadata(folder)
         _check(metadata, targets, folder)
         reader = FileSystemReader(folder)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
         reader.set_up_storage_reader(metadata, True)
+        plan = planner.create_local_plan()
+        _verify(folder, manifest, {metadata.storage_data[item.storage_index].relative_path for item in plan.items})
         with torch.no_grad():
-            reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+            reader.read_data(reader.prepare_local_plan(plan), planner).wait()
     except (OSError, LookupError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
         raise DamagedCheckpoint(
             f"The sharded checkpoint {folder!r} is incomplete or damaged. Was it copied completely? ({error})"
         ) from error
+
+
+# ---- checking ---------------------------------------------------------------------------------------------------------
+
+_verified: set[tuple[Any, ...]] = set()  # files that this process has read to their end: weights and optimizers are read in turns
+
+
+def read_manifest(path: PathLike) -> dict[str, tuple[int, int]]:
+    """The names of the files of a sharded checkpoint, with their sizes and checksums; none for one without a manifest.
+
+    Raises:
+        DamagedCheckpoint: if the manifest is not what was written.
+    """
+    folder = os.fspath(path)
+    with open(os.path.join(folder, META), "rb") as file:
+        sealed = seal.read_seal(file, repr(os.path.join(folder, META)))
+    if sealed is None or sealed.manifest is None:
+        return {}
+    try:
+        with open(os.path.join(folder, MANIFEST), "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
+        text = b""
+    if (len(text), zlib.crc32(text)) != sealed.manifest:
+        raise _damaged(folder, MANIFEST, "is missing" if not text else "is not what was written")
+    files = {name: (size, crc32) for name, (size, crc32) in json.loads(text)["files"].items()}
+    if strange := [name for name in files if os.path.basename(name) != name]:
+        raise _damaged(folder, MANIFEST, f"refers to {strange[0]!r}, which is not its own")
+    return files
+
+
+def check_sizes(path: PathLike) -> dict[str, tuple[int, int]]:
+    """See that all files of a sharded checkpoint are there and have their sizes, without reading them; returns its manifest.
+
+    Raises:
+        DamagedCheckpoint: if one is missing, or has another size.
+    """
+    folder = os.fspath(path)
+    manifest = read_manifest(folder)
+    for name, (size, _) in manifest.items():
+        try:
+            found = os.stat(os.path.join(folder, name)).st_size
+        except FileNotFoundError:
+            raise _damaged(folder, name, "is missing") from None
+        if found != size:
+            raise _damaged(folder, name, f"has {found} bytes instead of {size}")
+    return manifest
+
+
+def verify_sharded(path: PathLike) -> None:
+    """Read every file of a sharded checkpoint and compare its checksum.
+
+    Raises:
+        DamagedCheckpoint: if one is missing or not what was written.
+    """
+    folder = os.fspath(path)
+    manifest = check_sizes(folder)
+    with open(os.path.join(folder, META), "rb") as file:
+        seal.verify(file, repr(os.path.join(folder, META)))
+    _verify(folder, manifest, set(manifest))
+
+
+def _verify(folder: str, manifest: Mapping[str, tuple[int, int]], names: set[str]) -> None:
+    for name in sorted(names & manifest.keys()):
+        path = os.path.join(folder, name)
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            raise _damaged(folder, name, "is missing") from None
+        same = (path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, manifest[name])
+        if same not in _verified:
+            if seal.checksum_of(path) != tuple(manifest[name]):
+                raise _damaged(folder, name, "is not what was written")
+            _verified.add(same)
+
+
+def _damaged(folder: str, name: str, problem: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"The sharded checkpoint {folder!r} is incomplete or damaged: its file {name!r} {problem}. "
+        "Was it copied completely? Copy it anew, or use the checkpoint before it."
+    )
 
 
 def _check(metadata: Any, targets: Mapping[str, Tensor], folder: str) -> None:

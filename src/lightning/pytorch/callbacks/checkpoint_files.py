@@ -9,6 +9,7 @@ import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lightning.fabric.checkpoint.io import sync_folder
 from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def link(target: Path, path: Path) -> bool:
         if os.path.isdir(local) and not os.path.islink(local):
             shutil.rmtree(local)
         os.replace(temporary, local)
+        sync_folder(os.path.dirname(local))  # what the link has pointed to so far may be removed next
     except OSError as error:
         log.debug("No link at %s: %s", path, error)
         with suppress(OSError):

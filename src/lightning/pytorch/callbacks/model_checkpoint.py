@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import proxy
 
 import torch
 from torch import Tensor
 
-from lightning.fabric.utilities.cloud_io import join_path, replacing
+from lightning.fabric.checkpoint.io import check_writable
+from lightning.fabric.checkpoint.temporary import sweep
+from lightning.fabric.utilities.cloud_io import join_path, local_path, replacing
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.callbacks import checkpoint_files as files
@@ -218,7 +221,11 @@ class ModelCheckpoint(Checkpoint):
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: pl.Trainer) -> bool:
         """Whether a file or folder lies at ``filepath``; rank 0 looks, all ranks get its answer."""
-        return bool(_of_rank_0(trainer, trainer.is_global_zero and files.exists(filepath)))
+        return bool(_of_rank_0(trainer, trainer.is_global_zero and self._taken(trainer, filepath)))
+
+    @staticmethod
+    def _taken(trainer: pl.Trainer, path: str | os.PathLike[str]) -> bool:
+        return files.exists(path) or trainer.strategy.checkpoint_io.is_pending(path)
 
     @rank_zero_only
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
@@ -239,7 +246,11 @@ class ModelCheckpoint(Checkpoint):
         """Decide where the files go."""
         self._first_step = None
         self.dirpath = trainer.strategy.broadcast(self.dirpath or files.folder_of_run(trainer))
-        may_collide = stage == TrainerFn.FITTING and self.save_top_k != 0 and not trainer.fast_dev_run
+        saves = stage == TrainerFn.FITTING and not trainer.fast_dev_run
+        if saves and trainer.is_global_zero and (local := local_path(self.dirpath)) is not None:
+            check_writable(local)
+            sweep(local)
+        may_collide = saves and self.save_top_k != 0
         if may_collide and trainer.is_global_zero and files.holds_files(self.dirpath):
             then = "gets a version" if self._enable_version_counter else "is overwritten"
             rank_zero_warn(f"The checkpoint folder {self.dirpath} is not empty: a name that is taken {then}.")
@@ -469,6 +480,11 @@ class ModelCheckpoint(Checkpoint):
 
     def _link(self, trainer: pl.Trainer, path: str) -> bool:
         target = self._last_checkpoint_saved
+        writer = trainer.strategy.checkpoint_io
+        if trainer.is_global_zero and target and writer.is_pending(target) and local_path(target) is not None:
+            # A link to a file that is not there yet, in place of one to a file that is, would be the end of a run killed now.
+            writer.after_saves(path, partial(files.link, target, path))
+            return _of_rank_0(trainer, True)
         return bool(target and _of_rank_0(trainer, trainer.is_global_zero and files.link(target, path)))
 
     def _notify(self, trainer: pl.Trainer) -> None:

@@ -1,0 +1,163 @@
+"""Loaders that give their batches one after the other: continued by their own state, or by reading them again."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.loader_state.common import Batches, Cursor, State, digest_of_rng, load_samplers, sampler_states
+from lightning.fabric.utilities.loader_state.map_style import warn_of_unkept
+from lightning.fabric.utilities.loader_state.randomness import generators_within, is_stateful, set_states, states_of
+from lightning.fabric.utilities.loader_state.workers import Snapshot
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.seed import collect_rng_states, set_rng_states
+
+
+class Stream:
+    """Any iterable of batches.
+
+    Args:
+        loader: the user's. A state of its own, or that of its dataset if it has no workers, is used; else batches are read again.
+        looks_ahead: whether batches are fetched before those before them are used.
+    """
+
+    kind = "stream"
+
+    def __init__(self, loader: Iterable[Any], looks_ahead: bool) -> None:
+        self.loader = loader
+        self.looks_ahead = looks_ahead
+        self.dataset = getattr(loader, "dataset", None)
+        self.workers = int(getattr(loader, "num_workers", 0) or 0)
+        # Whose state says where the data are: the loader's, or the dataset's in this process.
+        self.owner: Any = next((each for each in (loader, self.dataset) if is_stateful(each)), None)
+        if self.workers > 0 and self.owner is not loader:
+            self.owner = None  # the dataset's state is in the workers
+
+    # ---- a pass -----------------------------------------------------------------------------------------------------
+
+    def open(self, carried: State | None) -> Batches:
+        """A whole pass."""
+        cursor = Cursor(self._start())
+        return self._batches(iter(self.loader), cursor)
+
+    def resume(self, state: State) -> Batches:
+        """The rest of a pass; the random states of this process stay as they are."""
+        kept = collect_rng_states(include_cuda=False)
+        generators, done, ahead, before = self._generators(), state["batches"], state["ahead"], state["before"]
+        set_rng_states(state["start"]["rng"])
+        set_states(generators, state["start"]["generators"])
+        if self.owner is not self.loader:
+            load_samplers(self.loader, state["start"]["samplers"])
+        cursor = Cursor(state["start"], done)
+        position = self._position_of(state)
+        if position is not None:
+            self.owner.load_state_dict(copy.deepcopy(position))
+        batches = self._batches(iter(self.loader), cursor)
+        if position is None:
+            self._read_again(batches.iterator, state)
+        if batches.fetch_again(ahead, before, self._restore):
+            warn_of_unkept(ahead)
+        set_states(generators, state["generators"])
+        set_rng_states(kept)
+        return batches
+
+    def _position_of(self, state: State) -> Any:
+        """The state of the loader, or the dataset, after the last batch that counts; None if that was not kept."""
+        if self.owner is None or not state["owned"]:
+            return None
+        if state["ahead"] == 0:
+            return state["owner"]
+        return state["before"][0]["stateful"][0] if state["before"] is not None else None
+
+    def _restore(self, before: State) -> None:
+        set_rng_states(before["rng"])
+        set_states(self._generators(), before["generators"])
+
+    def _read_again(self, iterator: Iterator[Any], state: State) -> None:
+        done, began = state["batches"], time.monotonic()
+        created = digest_of_rng()
+        for i in range(done):
+            try:
+                next(iterator)
+            except StopIteration:
+                rank_zero_warn(f"The {self._name} gives {i} batches, fewer than the {done} that were given before: the epoch ends here.")
+                return
+        drew = digest_of_rng() != created
+        if done:
+            once = " It is an iterator, which can't begin anew: what it gives now must be its first batches." if self._once else ""
+            rank_zero_warn(
+                f"The {self._name} can't tell where it is, so {done} batches were read again to come to the same place, which took "
+                f"{time.monotonic() - began:.1f} s. Give it, or its dataset, `state_dict` and `load_state_dict`.{once}"
+            )
+        reached = state["rng"]
+        if drew and self.workers == 0 and digest_of_rng() != reached:
+            rank_zero_warn(
+                f"The {self._name} draws random numbers in the process that trains, and so does the training, in turn: if which data "
+                "come depends on the numbers drawn before, the rest of this epoch differs. Use workers, a generator of its own, or give "
+                "it `state_dict` and `load_state_dict`."
+            )
+
+    def _batches(self, iterator: Iterator[Any], cursor: Cursor) -> Batches:
+        if not self.looks_ahead or (self.workers > 0 and self.owner is None):
+            return Batches(iterator, cursor, None)
+        owner = [] if self.owner is None else [self.owner]
+        return Batches(iterator, cursor, Snapshot(self._roots, owner))
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state(self, cursor: Cursor, batches: int) -> State:
+        """The place after some batches of this pass."""
+        ahead = cursor.ahead_of(batches)
+        before = cursor.states_before(ahead)
+        return {
+            "start": cursor.start,
+            "batches": batches,
+            "ahead": ahead,
+            "before": before,
+            "generators": states_of(self._generators()),
+            "owned": self.owner is not None,
+            "owner": copy.deepcopy(self.owner.state_dict()) if self.owner is not None and ahead == 0 else None,
+            "rng": digest_of_rng(before[0]["rng"] if before else None),
+        }
+
+    def state_between(self) -> State:
+        """What the next pass depends on, after this one."""
+        return {"batches": None, "generators": states_of(self._generators()), "samplers": sampler_states(self.loader)}
+
+    def load_between(self, state: State) -> None:
+        """Take over what :meth:`state_between` returned."""
+        set_states(self._generators(), state["generators"])
+        load_samplers(self.loader, state["samplers"])
+
+    def describe(self) -> State:
+        """What must be the same for the rest to be exact."""
+        return {"batch size": getattr(self.loader, "batch_size", None), "workers": self.workers, "samples": sized_len(self.dataset)}
+
+    def _start(self) -> State:
+        rng = collect_rng_states(include_cuda=False)
+        samplers = [] if self.owner is self.loader else sampler_states(self.loader)
+        return {"rng": rng, "generators": states_of(self._generators()), "samplers": samplers}
+
+    def _generators(self) -> list[Any]:
+        return generators_within(self._roots)
+
+    @property
+    def _roots(self) -> list[Any]:
+        names = ("generator", "batch_sampler", "sampler", "dataset", "collate_fn")
+        parts = [getattr(self.loader, name, None) for name in names]
+        return parts if isinstance(self.loader, DataLoader) else [self.loader, *parts]
+
+    @property
+    def _once(self) -> bool:
+        return iter(self.loader) is self.loader if isinstance(self.loader, Iterator) else False
+
+    @property
+    def _name(self) -> str:
+        if isinstance(self.loader, DataLoader):
+            return f"{type(self.loader).__name__} of a {type(self.dataset).__name__}"
+        return f"loader, a {type(self.loader).__name__},"

@@ -29,7 +29,7 @@ class Engine:
         self.parameters = parameters
         self.loop_steps = loop_steps
         self.clip_val: float = raw.gradient_clipping()
-        self.has_gradients = self.are_reduced = False
+        self.has_gradients = False
         self.within_forward = False
 
     @classmethod
@@ -150,42 +150,21 @@ class Engine:
         if self.within_forward:  # in manual optimization: what the engine does to the result of its forward pass has not happened
             result = loss
             loss = self.through(lambda: result)()  # not as an argument: weights would be given up at once when backward reaches it
-        self._note_backward()
+        self.has_gradients = True
         self.raw.backward(loss, *args, **kwargs)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss as the user's own code may differentiate it."""
-        self._note_backward()
-        return self.raw.scale(loss)  # type: ignore[no-any-return]
-
-    def _note_backward(self) -> None:
         self.has_gradients = True
-        self.are_reduced = not self.loop_steps or self.raw.is_gradient_accumulation_boundary()
+        return self.raw.scale(loss)  # type: ignore[no-any-return]
 
     def step(self, **kwargs: Any) -> None:
         """Update the weights; without gradients nothing happens."""
         if not self.has_gradients:
             return
-        raw = self.raw
-        if not self.are_reduced:
-            self._reduce()
-        raw.step(**kwargs)
+        self.raw.step(**kwargs)
         self.has_gradients = False
         self._bound(self.clip_val)
-
-    def _reduce(self) -> None:
-        """Reduce gradients at the end of a window whose last batch was skipped."""
-        raw = self.raw
-        if raw.zero_optimization_partition_gradients():
-            raw.optimizer.finalize_gradient_accumulation_boundary()
-            return
-        optimizer = raw.optimizer
-        overlap = getattr(optimizer, "overlap_comm", False)
-        if overlap:
-            optimizer.overlap_comm = False  # else it takes for granted that backward has done it
-        raw.allreduce_gradients()
-        if overlap:
-            optimizer.overlap_comm = True
 
     def clip(self, norm: float) -> None:
         """Clip the gradients of the step to come, unless the configuration says to what."""

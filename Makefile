@@ -9,10 +9,10 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types check format bench clean
+.PHONY: help venv demo test test-deepspeed lint types check format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed-dev ## create .venv with all that development needs
 
@@ -28,6 +28,13 @@ ifeq ($(ARGS),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+# DeepSpeed compiles its operators when they are first used: that takes a C++ compiler, and ninja, which comes with it.
+test-deepspeed: export OMP_NUM_THREADS = 1
+test-deepspeed: export PATH := $(CURDIR)/.venv-deepspeed/bin:$(PATH)
+test-deepspeed: ## run the tests under DeepSpeed, in .venv-deepspeed
+	$(MAKE) VENV=.venv-deepspeed .venv-deepspeed/.installed-deepspeed,dev
+	.venv-deepspeed/bin/python -m pytest tests/fabric/strategies/test_deepspeed*.py tests/pytorch/strategies/test_deepspeed*.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and format
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Entries = dict[tuple[Any, str, Any], Entry]
 
 NEVER = float("inf")
+NOTHING = -1  # the serial of no batch
 PUBLISHED = ("_callback", "_steps", "_logged", "_bar", "_bar_snapshot")
 
 
@@ -85,6 +86,7 @@ class Metrics:
         self.disabled = False  # barebones: log() does nothing
         self.loggers: list[Any] = []
         self.muted = False  # the sanity check sends no rows
+        self.discards = False  # whether what is logged right now counts nothing
         self.every = 0  # log_every_n_steps
         self.flush_at: float = NEVER
         self.progress: Any = None  # the fit loop's progress: global_step, epoch
@@ -160,11 +162,11 @@ class Metrics:
     @contextmanager
     def discarding(self) -> Iterator[None]:
         """Forget what is logged inside this context: of a batch that only keeps this process in step with the others."""
-        outer, self.entries = self.entries, {}
+        outer, self.entries, self.discards = self.entries, {}, True
         try:
             yield
         finally:
-            self.entries = outer
+            self.entries, self.discards = outer, False
 
     @contextmanager
     def collecting(self, entries: Entries) -> Iterator[None]:
@@ -314,7 +316,8 @@ class Metrics:
         """
         due = self.every and stepped % self.every == 0
         if due and self.strategy is not None and self.strategy.world_size > 1:
-            reduce_steps(self.entries if self.entries is not None else {}, self.strategy, self.module, self.serial)
+            serial = NOTHING if self.discards else self.serial
+            reduce_steps(self.entries if self.entries is not None else {}, self.strategy, self.module, serial)
         if due or (stopping and self.every):
             self.send_step_values(step)
         self._deliver(wait=False)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
 from processes import run, run_to_end
-from trainers import Numbers, Regression, Stream, Weight, joined, quiet
+from trainers import Numbers, Regression, Rows, Stream, Weight, joined, quiet
 from training import largest_difference, plain
 
 from lightning.pytorch import Callback
@@ -180,6 +180,51 @@ def test_repeated_batches_count_in_no_logged_value(known: bool) -> None:
     mean = pytest.approx((0 + 1 + 2 + 10 + 11 + 12 + 13 + 14) / 8)
     for metrics in run(logged, 2, known):
         assert metrics == {"step": mean, "count": 8.0, "start": mean, "end": mean, "callback": mean}
+
+
+def cut_short(rank: int, size: int, known: bool) -> list[Any]:
+    loader: Any = DataLoader((Numbers if known else Stream)(3 + 2 * rank, start=10 * rank))
+    rows = Rows()
+    trainer = joined(use_distributed_sampler=False, uneven_inputs="join", max_steps=4, max_epochs=-1, logger=rows)
+
+    class Model(Weight):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.log("mean", batch.mean(), sync_dist=True, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    trainer.fit(Model(), loader)
+    return [trainer.callback_metrics["mean_epoch"].item(), [value for _, value in rows.of("mean_step")], trainer.global_step]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_epoch_that_ends_at_a_repeated_batch_keeps_what_was_logged(known: bool) -> None:
+    mean = pytest.approx((0 + 1 + 2 + 10 + 11 + 12 + 13) / 7)
+    assert run(cut_short, 2, known) == [[mean, [5.0, 6.0, 7.0, 13.0], 4]] * 2
+
+
+def with_objects(rank: int, size: int) -> list[float]:
+    from torchmetrics import MeanMetric, SumMetric
+
+    class Model(Weight):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean_of, self.count = MeanMetric(), SumMetric()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.mean_of.update(batch.mean())
+            self.count(1.0)
+            self.log("mean", self.mean_of, on_step=False, on_epoch=True)
+            self.log("count", self.count, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    trainer = joined(use_distributed_sampler=False, uneven_inputs="join")
+    trainer.fit(Model(), DataLoader(Numbers(3 + 2 * rank, start=10 * rank)))
+    return [trainer.callback_metrics[name].item() for name in ("mean", "count")]
+
+
+def test_repeated_batches_count_in_no_metric_object() -> None:
+    pytest.importorskip("torchmetrics")
+    assert run(with_objects, 2) == [[pytest.approx((0 + 1 + 2 + 10 + 11 + 12 + 13 + 14) / 8), 8.0]] * 2
 
 
 # ---- around training ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import no_op, override_of, scoped
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import counted, looked_ahead
+from lightning.pytorch.loops.evaluate import metrics_held
 from lightning.pytorch.loops.progress import FitProgress, Next
 from lightning.pytorch.loops.schedulers import Schedulers
 from lightning.pytorch.metric_entry import Entry
@@ -185,10 +186,10 @@ class FitLoop:
         self.batch = None
 
     def uneven_step(self, batch: Any) -> None:
-        """A step on such a batch: a repeated one leaves no trace in batch normalisation either."""
-        lockstep = self.loader.lockstep  # type: ignore[union-attr]
+        """A step on such a batch: a repeated one leaves no trace in batch normalisation and Metrics either."""
+        lockstep, module = self.loader.lockstep, self.trainer.lightning_module  # type: ignore[union-attr]
         assert lockstep is not None
-        with lockstep.turn(self.progress.batch_idx, self.trainer.lightning_module):
+        with lockstep.turn(self.progress.batch_idx, module), nullcontext() if self.weight else metrics_held(module):
             self.even_step(batch)
 
     def closure(self) -> Any:

@@ -6,7 +6,7 @@ import marshal
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -31,6 +31,7 @@ class Indices:
     Attributes:
         drawn: how many batches of indices were drawn in the current pass, from the epoch's start.
         digest: tells one order of samples from another.
+        ended: whether the sampler was found to have no more.
     """
 
     def __init__(self, inner: Any, keep: int = 0, swallow: int = 0) -> None:
@@ -40,7 +41,7 @@ class Indices:
         self.drawn = self.digest = 0
         self.resumed: Expected | None = None
         self.phantoms = 0
-        self.mismatch = self.told = False
+        self.mismatch = self.told = self.ended = False
         self.source: Iterator[Any] = iter(())
         self.returned: deque[Any] = deque()
 
@@ -57,6 +58,7 @@ class Indices:
             self.swallow -= 1
             return iter(())
         self.drawn = self.digest = 0
+        self.ended = False
         self.kept.clear()
         self.returned.clear()
         self.source = iter(self.inner)  # now, not with the first draw: some samplers draw their whole order here
@@ -91,6 +93,12 @@ class Indices:
         elif self.drawn < resumed["drawn"]:
             self.resumed = resumed  # compared when the loader, which fetches ahead, has drawn as much
 
+    def reach_end(self) -> None:
+        """Ask the sampler for more than it has, as was done in the interrupted run: some draw random numbers at their end."""
+        if not self.ended:
+            self.returned.extend(islice(self.source, 1))
+            self.ended = not self.returned
+
     def _draw(self) -> Iterator[Any]:
         if self.resumed is not None:
             self.pass_over()
@@ -108,6 +116,7 @@ class Indices:
                 self.warn_of_mismatch()
                 watched = None
             yield indices
+        self.ended = True
 
     def _count(self, indices: Any) -> None:
         self.drawn += 1
@@ -133,9 +142,9 @@ class Indices:
         if self.mismatch and not self.told:
             self.told = True
             rank_zero_warn(
-                f"The sampler {type(self.inner).__name__} did not draw the samples again that the interrupted run had used, so some may come "
-                "twice in this epoch, and some not at all. The data or the sampler have changed, or the sampler's order depends on more than "
-                "the random state at the start of the epoch: then give it `state_dict` and `load_state_dict`."
+                f"The sampler {type(self.inner).__name__} did not draw the samples again that the interrupted run had used, so some may "
+                "come twice in this epoch, and some not at all. The data or the sampler have changed, or the sampler's order depends on "
+                "more than the random state at the start of the epoch: then give it `state_dict` and `load_state_dict`."
             )
 
     def state(self, batches: int) -> Expected:
@@ -144,4 +153,4 @@ class Indices:
         if self.kept.maxlen:
             ahead = self.drawn - batches
             journal = [*list(self.kept)[len(self.kept) - ahead :], *self.returned]
-        return {"drawn": self.total, "digest": self.digest, "journal": journal}
+        return {"drawn": self.total, "ended": self.ended, "digest": self.digest, "journal": journal}

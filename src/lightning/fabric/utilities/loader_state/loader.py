@@ -116,7 +116,7 @@ class ResumableLoader:
         effects = []
         if others and batches:
             effects.append(
-                f"the first {batches} batches of the loader as it is now are passed over, so in this epoch samples may come twice or not at all"
+                f"the first {batches} batches of the loader as it is are left out, and in this epoch some samples may come twice or never"
             )
         if here["workers"] != saved.get("workers"):
             effects.append("what the dataset draws at random for the rest of the epoch differs; the order of the samples does not")

@@ -99,7 +99,9 @@ class MapStyle:
             restore_own(self._roots, state["own"])
             if inexact:
                 warn_of_unkept(ahead)
-        if self.indices.total == state["indices"]["drawn"]:
+        if state["indices"]["ended"]:
+            self.indices.reach_end()
+        if (self.indices.total, self.indices.ended) == (state["indices"]["drawn"], state["indices"]["ended"]):
             set_states(generators, state["generators"])
         set_rng_states(kept)
         self.indices.warn_of_mismatch()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
@@ -95,6 +95,22 @@ def test_processes_can_talk_in_hooks() -> None:
             "placed": [2, rank, 0, 2],
             "ranks": [rank, rank, rank == 0],
         }
+
+
+class Gathering(Evaluated):
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.evaluated.append(self.all_gather(batch).flatten().tolist())
+
+
+def gathered(rank: int, size: int) -> list[Any]:
+    model = Gathering()
+    sampler = DistributedSampler(Numbers(5), size, rank, shuffle=False)
+    joined().test(model, DataLoader(Numbers(5), batch_size=2, sampler=sampler), verbose=False)
+    return model.evaluated
+
+
+def test_steps_of_evaluation_can_gather_with_a_sampler_that_gives_all_processes_the_same_number() -> None:
+    assert run(gathered, 2) == [[[0.0, 2.0, 1.0, 3.0], [4.0, 0.0]]] * 2  # the first sample comes twice, as that sampler does it
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

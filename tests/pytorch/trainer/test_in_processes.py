@@ -19,6 +19,7 @@ from trainers import Evaluated, Numbers, Regression, Rows, Stream, Vectors, join
 from training import largest_difference, plain
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import SimpleProfiler
 
 
@@ -49,6 +50,48 @@ def test_estimated_steps_are_those_of_each_process() -> None:
     assert first == second
     assert first[:3] == alone[:3] == [6, 6, 5]
     assert largest_difference(first[3], alone[3]) < 1e-6
+
+
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "barrier", "broadcast", "gather", "reduce")
+
+
+def counted(rank: int, size: int, folder: str) -> list[int]:
+    """How many collectives Python starts in runs of 10 and of 60 steps; DDP's own are started by its engine."""
+    calls: list[str] = []
+
+    def counting(name: str) -> Any:
+        function = getattr(torch.distributed, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    class Logging(Evaluated):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.log("loss", batch.mean(), sync_dist=True, on_step=True, on_epoch=True, prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
+    for name in COLLECTIVES:
+        if hasattr(torch.distributed, name):
+            setattr(torch.distributed, name, counting(name))
+    counts = []
+    warnings.filterwarnings("ignore", ".*log_every_n_steps.*|.*is not empty.*")
+    for steps in (10, 60):
+        calls.clear()
+        trainer = joined(
+            logger=Rows(), log_every_n_steps=1000, enable_checkpointing=True, callbacks=[ModelCheckpoint(folder), EarlyStopping("val")],
+            gradient_clip_val=1.0,
+        )  # fmt: skip
+        trainer.fit(Logging(), numbers(2 * steps), numbers(2 * steps))
+        counts.append(len(calls))
+    return counts
+
+
+def test_steps_take_no_collective_beyond_those_of_the_engine(tmp_path: Path) -> None:
+    for short, long in run(counted, 2, str(tmp_path)):
+        assert 0 < short == long
 
 
 class Configured(Regression):

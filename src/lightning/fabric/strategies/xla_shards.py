@@ -327,10 +327,9 @@ class Box:
     part: Tensor
     start: int
 
-    def read(self) -> Tensor:
-        """The elements, on the CPU."""
-        count = torch.Size(self.sizes).numel()
-        return self.part.reshape(-1)[self.start : self.start + count].cpu().view(self.sizes)
+    def read(self, host: Tensor) -> Tensor:
+        """The elements, of a copy of the part on the CPU."""
+        return host.reshape(-1)[self.start : self.start + torch.Size(self.sizes).numel()].view(self.sizes)
 
 
 def _boxes_of(part: Tensor, piece: Piece, rank: int) -> Iterator[Box]:
@@ -385,8 +384,10 @@ def _write(found: dict[str, tuple[Tensor, list[Box]]], folder: str, rank: int, i
 
     class Planner(DefaultSavePlanner):
         def resolve_data(self, write_item: WriteItem) -> Any:
-            return by_index[write_item.index].read()
+            box = by_index[write_item.index]
+            return box.read(host[id(box.part)])
 
+    host: dict[int, Tensor] = {}
     by_index: dict[Any, Box] = {}
     items = []
     for name, (tensor, own) in found.items():
@@ -404,7 +405,15 @@ def _write(found: dict[str, tuple[Tensor, list[Box]]], folder: str, rank: int, i
     written: list[Any] = []
     for turn in range(len(plans)) if in_turns else (rank,):
         if turn == rank:
+            # Also parts of which nothing is written: were one process alone to look at a weight, its programs would differ from then on.
+            for tensor, _ in found.values():
+                part = vars(tensor)["part"]
+                host.setdefault(id(part), part.cpu())
             written = writer.write_data(plan, Planner()).wait()
+            # The class above lives until Python collects its cycles. What it could hold on to would be a part of this process's programs
+            # for as long, and not of the others'.
+            host.clear()
+            by_index.clear()
         if in_turns:
             xla_collectives.barrier()
     results = xla_collectives.gather_object(written)

@@ -18,6 +18,32 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.seed import collect_rng_states, set_rng_states
 
 
+class Watched:
+    """A dataset that is known to be at its end as soon as it has nothing more.
+
+    Args:
+        dataset: the user's.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.ended = False
+        return self._samples(iter(self.dataset))  # started now, as a loader starts it
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+    def _samples(self, samples: Iterator[Any]) -> Iterator[Any]:
+        yield from samples
+        self.ended = True
+
+
 class Stream:
     """Any iterable of batches.
 
@@ -37,13 +63,26 @@ class Stream:
         self.owner: Any = next((each for each in (loader, self.dataset) if is_stateful(each)), None)
         if self.workers > 0 and self.owner is not loader:
             self.owner = None  # the dataset's state is in the workers
+        self.watched: Watched | None = None
+        self.cursor: Cursor | None = None
+        self.loaded_end = False  # whether the owner was given the state at the end of a pass
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 
     def open(self, carried: State | None) -> Batches:
         """A whole pass."""
         cursor = Cursor(self._start())
-        return self._batches(iter(self.loader), cursor)
+        if not self.loaded_end:
+            return self._batches(self._iterate(), cursor)
+        # Some begin anew from such a state, others find that nothing is left of their pass, and begin the next one after that.
+        self.loaded_end = False
+        batches = self._batches(self._iterate(), cursor)
+        batches.fetch_again(1, None, self._restore)
+        if not cursor.ready:
+            set_rng_states(cursor.start["rng"])
+            cursor = Cursor(cursor.start)
+            batches = self._batches(self._iterate(), cursor)
+        return batches
 
     def resume(self, state: State) -> Batches:
         """The rest of a pass; the random states of this process stay as they are."""
@@ -54,10 +93,16 @@ class Stream:
         if self.owner is not self.loader:
             load_samplers(self.loader, state["start"]["samplers"])
         cursor = Cursor(state["start"], done)
+        if state["over"] and ahead == 0:
+            set_states(generators, state["generators"])
+            set_rng_states(kept)
+            self._load_end(state["owner"])
+            cursor.over = True
+            return self._batches(iter(()), cursor)
         position = self._position_of(state)
         if position is not None:
             self.owner.load_state_dict(copy.deepcopy(position))
-        batches = self._batches(iter(self.loader), cursor)
+        batches = self._batches(self._iterate(), cursor)
         if position is None:
             self._read_again(batches.iterator, state)
         if batches.fetch_again(ahead, before, self._restore):
@@ -65,6 +110,23 @@ class Stream:
         set_states(generators, state["generators"])
         set_rng_states(kept)
         return batches
+
+    def _iterate(self) -> Iterator[Any]:
+        if self.owner is None or self.owner is self.loader:
+            return iter(self.loader)
+        clone = copy.copy(self.loader)
+        self.watched = Watched(self.dataset)
+        vars(clone).update(dataset=self.watched, _iterator=None)
+        return iter(clone)
+
+    def _load_end(self, state: Any) -> None:
+        if self.owner is not None and state is not None:
+            self.owner.load_state_dict(copy.deepcopy(state))
+            self.loaded_end = True
+
+    def _is_over(self, cursor: Cursor | None) -> bool:
+        """Whether a pass is through; of a dataset, which may be so before its loader is asked for more, it is known first."""
+        return cursor is not None and (cursor.over or (self.watched is not None and self.watched.ended))
 
     def _position_of(self, state: State) -> Any:
         """The state of the loader, or the dataset, after the last batch that counts; None if that was not kept."""
@@ -103,6 +165,7 @@ class Stream:
             )
 
     def _batches(self, iterator: Iterator[Any], cursor: Cursor) -> Batches:
+        self.cursor = cursor
         if not self.looks_ahead or (self.workers > 0 and self.owner is None):
             return Batches(iterator, cursor, None)
         owner = [] if self.owner is None else [self.owner]
@@ -118,6 +181,7 @@ class Stream:
             "start": cursor.start,
             "batches": batches,
             "ahead": ahead,
+            "over": self._is_over(cursor),
             "before": before,
             "generators": states_of(self._generators()),
             "owned": self.owner is not None,
@@ -127,12 +191,20 @@ class Stream:
 
     def state_between(self) -> State:
         """What the next pass depends on, after this one."""
-        return {"batches": None, "generators": states_of(self._generators()), "samplers": sampler_states(self.loader)}
+        owned = self.owner is not None and self._is_over(self.cursor)  # else the state is that of a place that nobody goes back to
+        return {
+            "batches": None,
+            "generators": states_of(self._generators()),
+            "samplers": [] if self.owner is self.loader else sampler_states(self.loader),
+            "owner": copy.deepcopy(self.owner.state_dict()) if owned else None,
+        }
 
     def load_between(self, state: State) -> None:
         """Take over what :meth:`state_between` returned."""
         set_states(self._generators(), state["generators"])
-        load_samplers(self.loader, state["samplers"])
+        if self.owner is not self.loader:
+            load_samplers(self.loader, state["samplers"])
+        self._load_end(state["owner"])
 
     def describe(self) -> State:
         """What must be the same for the rest to be exact."""

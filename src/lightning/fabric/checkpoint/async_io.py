@@ -104,14 +104,14 @@ class AsyncCheckpointIO(CheckpointIO):
                     self._failed, self._path = False, None
                     return
                 about, action = self._after.pop(0)
-            self._perform(about, action)
-
-    def _perform(self, about: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except BaseException as error:
-            with self._lock:
-                self._error = self._error or (f"After a checkpoint was saved, {about!r} could not be removed or changed", error)
+            try:
+                action()
+            except BaseException as error:
+                # What comes after it may rely on it: the removal of a file to which a link was to point no more.
+                with self._lock:
+                    message = f"After a checkpoint was saved, {about!r} could not be removed or changed"
+                    self._failed, self._error, self._path = True, (message, error), None
+                return
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint, once what is being written is complete.
@@ -160,7 +160,7 @@ class AsyncCheckpointIO(CheckpointIO):
         if told is None:
             return
         message, error = told
-        if isinstance(error, OSError) and type(error).__init__ is OSError.__init__:
+        if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"{message}: {error.strerror}", error.filename) from error
         log.error("%s.", message)
         raise error

@@ -9,6 +9,7 @@ file; its own are in the seal of ``meta.pt``.
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -119,7 +120,9 @@ def write_shards(tensors: dict[str, Tensor], folder: str) -> None:
             dcp.save(tensors, storage_writer=_summing_writer(folder), no_dist=alone)
         except CheckpointException as error:  # which is no Exception, so that handlers of those would not see it
             failed = "; ".join(f"rank {rank}: {reason[0]!r}" for rank, reason in sorted(error.failures.items()))
-            raise OSError(f"The sharded checkpoint could not be written ({failed}).") from error
+            causes = [reason[0] for reason in error.failures.values()]
+            number = next((cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None), errno.EIO)
+            raise OSError(number, f"The sharded checkpoint could not be written ({failed})", folder) from error
 
 
 def _summing_writer(folder: str) -> Any:
@@ -141,7 +144,12 @@ def _summing_writer(folder: str) -> Any:
 
     class SummingWriter(FileSystemWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
-            written = super().write_data(plan, planner)
+            try:
+                written = super().write_data(plan, planner)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # which torch hides, as in io
+                    raise OSError(error.__context__.errno, error.__context__.strerror, folder) from error
+                raise
             _write_json(os.path.join(folder, f"{SUMS}{secrets.token_hex(8)}"), sums)
             return written
 

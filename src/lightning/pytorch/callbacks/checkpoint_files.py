@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from lightning.fabric.checkpoint.io import sync_folder
+from lightning.fabric.checkpoint.io import replace
+from lightning.fabric.checkpoint.temporary import temporary_name
 from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
 
 if TYPE_CHECKING:
@@ -94,20 +94,27 @@ def link(target: Path, path: Path) -> bool:
     local, local_target = local_path(path), local_path(target)
     if local is None or local_target is None:
         return False
-    local = os.path.abspath(local)
-    temporary = f"{local}.{os.getpid()}.tmp"
     try:
-        os.makedirs(os.path.dirname(local), exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        os.symlink(os.path.relpath(local_target, os.path.dirname(local)), temporary)
-        if os.path.isdir(local) and not os.path.islink(local):
-            shutil.rmtree(local)
-        os.replace(temporary, local)
-        sync_folder(os.path.dirname(local))  # what the link has pointed to so far may be removed next
+        make_link(local_target, local)
     except OSError as error:
         log.debug("No link at %s: %s", path, error)
-        with suppress(OSError):
-            os.unlink(temporary)
         return False
     return True
+
+
+def make_link(target: str, path: str) -> None:
+    """The same for local paths.
+
+    Raises:
+        OSError: if it was not possible.
+    """
+    path = os.path.abspath(path)
+    temporary = os.path.join(os.path.dirname(path), temporary_name())
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.symlink(os.path.relpath(target, os.path.dirname(path)), temporary)
+        replace(temporary, path)  # on the disk before what the link has pointed to so far is removed
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -481,9 +481,10 @@ class ModelCheckpoint(Checkpoint):
     def _link(self, trainer: pl.Trainer, path: str) -> bool:
         target = self._last_checkpoint_saved
         writer = trainer.strategy.checkpoint_io
-        if trainer.is_global_zero and target and writer.is_pending(target) and local_path(target) is not None:
+        local, local_target = local_path(path), local_path(target)
+        if trainer.is_global_zero and target and writer.is_pending(target) and local is not None and local_target is not None:
             # A link to a file that is not there yet, in place of one to a file that is, would be the end of a run killed now.
-            writer.after_saves(path, partial(files.link, target, path))
+            writer.after_saves(path, partial(files.make_link, local_target, local))
             return _of_rank_0(trainer, True)
         return bool(target and _of_rank_0(trainer, trainer.is_global_zero and files.link(target, path)))
 

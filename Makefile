@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-deepspeed lint types check format bench clean
+.PHONY: help venv demo test test-faults test-deepspeed lint types check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,9 +32,15 @@ endif
 # DeepSpeed compiles its operators when they are first used: that takes a C++ compiler, and ninja, which comes with it.
 test-deepspeed: export OMP_NUM_THREADS = 1
 test-deepspeed: export PATH := $(CURDIR)/.venv-deepspeed/bin:$(PATH)
+test-deepspeed: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv-deepspeed/torch_extensions
 test-deepspeed: ## run the tests under DeepSpeed, in .venv-deepspeed
 	$(MAKE) VENV=.venv-deepspeed .venv-deepspeed/.installed-deepspeed,dev
 	.venv-deepspeed/bin/python -m pytest tests/fabric/strategies/test_deepspeed*.py tests/pytorch/strategies/test_deepspeed*.py $(ARGS)
+
+test-faults: export OMP_NUM_THREADS = 1
+test-faults: export KERAUNOS_FAULTS = full
+test-faults: $(VENV)/.installed-dev ## break disks, files and processes at every place, in full
+	$(BIN)/python -m pytest --timeout 3600 -s tests/faults $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and format
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def check_writable(folder: PathLike) -> None:
             errno.EACCES, f"Checkpoints can't be written to {local!r}: no right to write, or a read-only disk; {hint}", there
         )
     room = os.statvfs(there) if hasattr(os, "statvfs") else None
-    if room is not None and (room.f_bavail == 0 or (room.f_files > 0 and room.f_favail == 0)):
+    if room is not None and room.f_blocks > 0 and (room.f_bavail == 0 or (room.f_files > 0 and room.f_favail == 0)):
         what = "space" if room.f_bavail == 0 else "inodes"
         raise OSError(errno.ENOSPC, f"Checkpoints can't be written to {local!r}: no {what} left; free some, or {hint}", there)
 

@@ -252,6 +252,9 @@ def broken_records(file: IO[bytes], start: int = 0) -> Generator[str, None, None
         return
     with archive:
         for entry in archive.infolist():
+            if entry.external_attr & 0x10:  # torch would take it for a folder, and leave the tensor's memory as it was
+                yield entry.filename
+                continue
             unknown = entry.CRC == 0  # written under torch.serialization.set_crc32_options(False)
             try:
                 with archive.open(entry) as record:

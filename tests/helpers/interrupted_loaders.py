@@ -32,7 +32,7 @@ class Augmented(Dataset[Any]):
         self.loaded.append(index)
         info = get_worker_info()
         worker = (-1.0, 0.0) if info is None else (info.id, info.seed % 2**20)
-        assert info is None or type(info.dataset) in (Augmented, WithOwnGenerators, InBulk, WithState)
+        assert info is None or isinstance(info.dataset, Augmented)
         return torch.tensor([index, random.gauss(0, 1), np.random.randn(), float(torch.rand(())), *worker], dtype=torch.float64)
 
 

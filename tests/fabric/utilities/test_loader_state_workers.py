@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
 from interrupted_loaders import (
     AsItGoes,
+    Augmented,
     BatchesOfPairs,
     ByPass,
     Eager,
@@ -49,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "last dropped": {"num_workers": 2, "batch_size": 3, "drop_last": True, "shuffle": True},
     "own init": {"num_workers": 2, "worker_init_fn": init},
     "seeded": {"num_workers": 2, "worker_init_fn": pl_worker_init_function, "shuffle": True},
-    "single samples": {"num_workers": 2, "batch_size": None, "shuffle": True, "collate_fn": times_two},
+    "single samples": {"dataset": partial(Augmented, 5), "num_workers": 2, "batch_size": None, "shuffle": True, "collate_fn": times_two},
     "in bulk": {"dataset": InBulk, "num_workers": 2, "generator": generator, "shuffle": True},
     "own batch sampler": {"num_workers": 2, "batch_sampler": BatchesOfPairs},
     "drawn when started": {"num_workers": 2, "sampler": Eager},
@@ -66,17 +68,6 @@ def test_the_rest_of_the_run_is_the_same_after_every_batch(case: str) -> None:
     check_every_interruption(loader_of(**how), ahead=len(case) % 2)
 
 
-@pytest.mark.parametrize("case", ["two", "single samples", "own generators", "drawn when started", "own batch sampler"])
-def test_workers_that_persist_keep_their_states_over_the_epochs(case: str) -> None:
-    how = {"batch_size": 2, **CASES[case]} if "batch_sampler" not in CASES[case] else CASES[case]
-    check_every_interruption(loader_of(**how, persistent_workers=True), epochs=3)
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_epochs_that_are_left_before_their_end(persistent: bool) -> None:
-    check_every_interruption(loader_of(batch_size=1, num_workers=2, shuffle=True, persistent_workers=persistent), epochs=3, limit=3)
-
-
 @pytest.mark.filterwarnings("ignore:The sampler AsItGoes did not draw")
 def test_a_sampler_that_draws_in_turn_with_the_training() -> None:
-    check_every_interruption(loader_of(batch_size=2, num_workers=2, sampler=AsItGoes))
+    check_every_interruption(loader_of(batch_size=1, num_workers=1, sampler=AsItGoes), epochs=1)

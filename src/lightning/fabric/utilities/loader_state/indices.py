@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
+from torch.utils.data import BatchSampler
+
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 Expected = dict[str, Any]
@@ -141,8 +143,9 @@ class Indices:
         """Tell, once, that the order of the samples is not that of the interrupted run."""
         if self.mismatch and not self.told:
             self.told = True
+            name = type(innermost(self.inner)).__name__
             rank_zero_warn(
-                f"The sampler {type(self.inner).__name__} did not draw the samples again that the interrupted run had used, so some may "
+                f"The sampler {name} did not draw the samples again that the interrupted run had used, so some may "
                 "come twice in this epoch, and some not at all. The data or the sampler have changed, or the sampler's order depends on "
                 "more than the random state at the start of the epoch: then give it `state_dict` and `load_state_dict`."
             )
@@ -154,3 +157,8 @@ class Indices:
             ahead = self.drawn - batches
             journal = [*list(self.kept)[len(self.kept) - ahead :], *self.returned]
         return {"drawn": self.total, "ended": self.ended, "digest": self.digest, "journal": journal}
+
+
+def innermost(sampler: Any) -> Any:
+    """What decides on the order: the sampler within torch's own batch sampler."""
+    return innermost(sampler.sampler) if type(sampler) is BatchSampler else sampler

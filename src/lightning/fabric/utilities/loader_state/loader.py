@@ -126,9 +126,8 @@ class ResumableLoader:
 
 def _has_indices(loader: Any) -> bool:
     """Whether the loader's order can be drawn without loading anything."""
-    return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and not is_stateful(loader)
-        and not isinstance(loader.dataset, (IterableDataset, IterDataPipe, MapDataPipe))
-    )
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, (IterableDataset, IterDataPipe, MapDataPipe)):
+        return False
+    if type(loader).__module__.startswith("torchdata."):
+        return True  # its own state leaves out what the workers draw at random
+    return type(loader).__iter__ is DataLoader.__iter__ and not is_stateful(loader)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.loader_state.common import AHEAD, Batches, Cursor, State, load_samplers, sampler_states
-from lightning.fabric.utilities.loader_state.indices import Indices
+from lightning.fabric.utilities.loader_state.indices import Indices, innermost
 from lightning.fabric.utilities.loader_state.randomness import generators_within, set_states, states_of
 from lightning.fabric.utilities.loader_state.workers import (
     WAIT,
@@ -95,16 +95,21 @@ class MapStyle:
         ahead = state["ahead"]
         before = state["before"] if self.workers == 0 else None
         inexact = batches.fetch_again(ahead, before, self._restore)
-        if self.workers == 0:
+        if self.workers == 0 and state["own"] is not None:
             restore_own(self._roots, state["own"])
-            if inexact:
-                warn_of_unkept(ahead)
-        if state["indices"]["ended"]:
+        if self.workers == 0 and inexact:
+            warn_of_unkept(ahead)
+        if state["indices"]["ended"] and self.indices.total == state["indices"]["drawn"]:
             self.indices.reach_end()
         if (self.indices.total, self.indices.ended) == (state["indices"]["drawn"], state["indices"]["ended"]):
             set_states(generators, state["generators"])
         set_rng_states(kept)
         self.indices.warn_of_mismatch()
+        if self.workers > 0 and not self._in_order:
+            rank_zero_warn(
+                "The loader has in_order=False, so its batches came in the order in which the workers finished them: in the rest of this "
+                "epoch some may come twice, or not at all, and random numbers of the workers are others."
+            )
         return batches
 
     def _restore(self, before: State) -> None:
@@ -184,11 +189,10 @@ class MapStyle:
     def describe(self) -> State:
         """What must be the same for the rest to be exact."""
         sampler = self.loader.batch_sampler if self.loader.batch_sampler is not None else self.loader.sampler
-        inner = sampler.sampler if type(sampler) is BatchSampler else sampler
         return {
             "samples": sized_len(self.loader.dataset),
             "batch size": self.loader.batch_size,
-            "sampler": type(inner).__qualname__,
+            "sampler": type(innermost(sampler)).__qualname__,
             "workers": self.workers,
         }
 
@@ -243,6 +247,4 @@ def _share(batches: int, worker: int, workers: int) -> int:
 
 def _draws_alike(sampler: Any) -> bool:
     """Whether a sampler's order follows from the random state at its start, whatever else draws numbers meanwhile."""
-    if type(sampler) is BatchSampler:
-        return _draws_alike(sampler.sampler)
-    return type(sampler).__module__ in TORCH
+    return type(innermost(sampler)).__module__ in TORCH

@@ -120,7 +120,7 @@ class Stream:
         return iter(clone)
 
     def _load_end(self, state: Any) -> None:
-        if self.owner is not None and state is not None:
+        if self.owner is not None and state is not None and not isinstance(self.owner, DataLoader):
             self.owner.load_state_dict(copy.deepcopy(state))
             self.loaded_end = True
 

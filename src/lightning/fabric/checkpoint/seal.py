@@ -142,7 +142,7 @@ def read_seal(file: IO[bytes], name: str, start: int = 0) -> Seal | None:
     try:
         length, checksum = int(tail[-16:-8], 16), int(tail[-8:], 16)
         text = tail[-FOOTER - length : -FOOTER]
-        if len(text) != length or zlib.crc32(text) != checksum:
+        if len(text) != length or zlib.crc32(text) != checksum or tail[-16:] != b"%08x%08x" % (length, checksum):
             raise ValueError("its checksum is wrong")
         content = json.loads(text)
         generation, manifest = content.get("generation"), content.get("manifest")

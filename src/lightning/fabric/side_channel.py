@@ -61,6 +61,7 @@ class SideChannel:
         self.grace = grace
         self.owner = threading.get_ident()  # the thread that runs the program
         self.alarm: Failure | None = None  # why the run fails, once it is known here
+        self.ends_together = False  # all processes have agreed to end the run, so an error that does it is no news to them
         self.lost: float | None = None  # since when the store does not answer
         self._stood = 0  # where the main thread stood then
         self._store = store
@@ -132,7 +133,7 @@ class SideChannel:
     def fail(self, error: BaseException) -> None:
         """This process fails: tell the others why, or learn from them why it does. It never raises, nor waits for long."""
         self._failing = True
-        if self._thread is None or self.alarm is not None:
+        if self._thread is None or self.alarm is not None or self.ends_together:
             return
         failure = error.failure if isinstance(error, PeerFailure) else describe(error, self.rank)
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -130,14 +130,6 @@ class Record(Logger):
 class Hear(Callback):
     """Writes down that the run has failed."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        from functools import partial
-
-        from lightning.pytorch.trainer.position import position_of
-
-        if trainer.strategy.watchdog is None:
-            trainer.strategy.watch(partial(position_of, trainer))
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         Path(f"heard-{trainer.global_rank}").write_text(type(exception).__name__)
 
@@ -149,7 +141,7 @@ def fit(deed: str, arguments: argparse.Namespace) -> int:
         num_nodes=arguments.nodes,
         strategy=DDPStrategy(
             start_method=START_METHODS[arguments.strategy],  # type: ignore[arg-type]
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=120),
             watchdog_timeout=timedelta(seconds=arguments.limit),
         ),
         max_epochs=1,

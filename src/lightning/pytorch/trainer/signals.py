@@ -296,6 +296,8 @@ def act(trainer: Trainer, number: int) -> None:
     if environment is not None and number == environment.requeue_signal:
         requeue(trainer)
     elif number == signal.SIGTERM:
+        if trainer._signals is not None and trainer._signals.channel is not None:
+            trainer._signals.channel.ends_together = True
         raise SIGTERMException(128 + number)
 
 

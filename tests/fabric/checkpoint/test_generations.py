@@ -118,6 +118,17 @@ def test_files_without_a_seal_take_part_by_their_global_step() -> None:
     assert generation_of("weights.ckpt") is None
 
 
+class Foreign:
+    pass
+
+
+def test_file_that_only_a_trusting_load_reads_is_a_candidate_of_unknown_generation() -> None:
+    torch.save({"global_step": 7, "hyper_parameters": Foreign()}, "last.ckpt")
+    assert newest_valid(".") == "./last.ckpt"
+    write("ours.ckpt", 0)
+    assert newest_valid(".") == "./ours.ckpt"
+
+
 def test_numbers_in_names_count_as_numbers() -> None:
     for name in ("hpc_ckpt_9.ckpt", "hpc_ckpt_10.ckpt"):
         torch.save({"global_step": 1}, name)

@@ -16,7 +16,6 @@ from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 EXTENSION = ".ckpt"
-UNREADABLE = (DamagedCheckpoint, OSError, pickle.UnpicklingError, EOFError)
 
 
 def generation_of(path: PathLike) -> Generation | None:
@@ -40,11 +39,14 @@ def generation_of(path: PathLike) -> Generation | None:
         found = seal.read_seal(file, repr(text))
         if found is not None:
             return found.generation
-        if local is None:
-            file.seek(0)
-            content = io.load(file, "meta", verify=False)
-        else:
-            content = io.load(_file(local), "meta", mmap=True, verify=False)
+        try:
+            if local is None:
+                file.seek(0)
+                content = io.load(file, "meta", verify=False)
+            else:
+                content = io.load(_file(local), "meta", mmap=True, verify=False)
+        except pickle.UnpicklingError:
+            return None  # it holds what only weights_only=False reads, its global_step as well
     step = content.get("global_step") if isinstance(content, dict) else None
     return Generation(step, 0) if type(step) is int else None
 
@@ -97,12 +99,12 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False) ->
         try:
             generation, numbers = generation_of(path) or Generation(-1, 0), _by_numbers(path)
             ranked.append(((numbers, generation) if by_name else (generation, numbers), path))
-        except UNREADABLE as error:
+        except Exception as error:  # whatever the contents of a foreign file lead to
             broken.append(f"{path}: {error}")
     for _, path in sorted(ranked, reverse=True):
         try:
             verify(path)
-        except UNREADABLE as error:
+        except (DamagedCheckpoint, OSError) as error:
             broken.append(f"{path}: {error}")
             continue
         if broken:

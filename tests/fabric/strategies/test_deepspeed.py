@@ -158,7 +158,7 @@ def train_all(rank: int, size: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def outcomes() -> list[dict[str, Any]]:
     """Of all runs, in each process."""
-    return run(train_all, 2, timeout=60)
+    return run(train_all, 2, timeout=240)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "bf16" not in name])
@@ -222,7 +222,7 @@ def by_hand_and_failures(rank: int, size: int) -> Any:
 
 @pytest.fixture(scope="module")
 def more_outcomes() -> Any:
-    return run(by_hand_and_failures, 2, timeout=50)[0]
+    return run(by_hand_and_failures, 2, timeout=240)[0]
 
 
 def test_steps_of_ones_own_loop_end_its_windows(more_outcomes: Any) -> None:

@@ -26,6 +26,7 @@ from trainers import Regression, Vectors, loader, quiet
 from training import largest_difference, plain
 
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import ModelSummary as ModelSummaryCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
@@ -199,12 +200,14 @@ def fit_all(rank: int, size: int) -> dict[str, Any]:
             trainer, model = fit(name, size, strategy=deepspeed_strategy(stage, name), devices=size)
             outcomes[f"{stage} {name}"] = outcome_of(trainer, model)
             outcomes[f"{stage} {name}"]["sizes"] = getattr(model, "sizes", None)
+        summary = ModelSummaryCallback(max_depth=2)._summary(trainer, model)
+        outcomes[f"{stage} summary"] = (summary.total_parameters, dict(summary._get_summary_data()))
     return outcomes
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> Any:
-    return run(fit_all, 2, timeout=120)
+    return run(fit_all, 2, timeout=240)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -222,6 +225,17 @@ def test_numbers_are_those_of_one_process(stage: int, name: str, outcomes: Any) 
 def test_what_is_built_in_configure_model_is_divided_at_once_with_zero_3(outcomes: Any) -> None:
     assert outcomes[0]["3 built late"]["sizes"] == [0, 0, 0, 0]
     assert outcomes[0]["2 built late"]["sizes"] == [35, 7, 7, 1]
+
+
+def test_the_summary_tells_whole_sizes_and_what_a_process_holds(outcomes: Any) -> None:
+    total, columns = outcomes[0]["3 summary"]
+    assert total == 50
+    assert columns["Name"] == ["net", "net.0", "net.1", "net.2", "net.3"]
+    assert columns["Params"] == ["50", "42", "0", "0", "8"]
+    assert columns["Params per Device"] == ["27", "22", "0", "0", "5"]
+    total, columns = outcomes[0]["2 summary"]
+    assert (total, columns["Params"]) == (50, ["50", "42", "0", "0", "8"])
+    assert "Params per Device" not in columns
 
 
 # ---- one run after another ----------------------------------------------------------------------------------------------
@@ -263,7 +277,7 @@ def all_several_runs(rank: int, size: int, folder: str) -> Any:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run(all_several_runs, 2, str(tmp_path_factory.mktemp("logs")), timeout=90)[0]
+    return run(all_several_runs, 2, str(tmp_path_factory.mktemp("logs")), timeout=240)[0]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -332,7 +346,7 @@ def failing(rank: int, size: int) -> list[str]:
 
 
 def test_errors_say_what_to_do() -> None:
-    by_value, none, double = run(failing, 2, timeout=60)[0]
+    by_value, none, double = run(failing, 2, timeout=240)[0]
     assert "DeepSpeed clips gradients by their norm only" in by_value
     assert "Return one, or add it to the configuration" in none
     assert "'64-true'" in double

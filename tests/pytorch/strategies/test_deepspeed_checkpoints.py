@@ -244,7 +244,7 @@ def alone(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def outcomes(folder: Path, alone: dict[str, Any]) -> dict[str, Any]:
     """What two processes compute, as rank 0 sees it."""
-    first: dict[str, Any] = run(everything, 2, str(folder), timeout=150)[0]
+    first: dict[str, Any] = run(everything, 2, str(folder), timeout=240)[0]
     return first
 
 

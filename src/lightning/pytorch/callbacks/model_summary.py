@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.utilities.model_summary import DeepSpeedSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
 from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table, summarize
 
@@ -51,6 +52,8 @@ class ModelSummary(Callback):
             )
 
     def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Summary:
+        if any(hasattr(parameter, "ds_numel") for parameter in pl_module.parameters()):  # divided by DeepSpeed
+            return DeepSpeedSummary(pl_module, max_depth=self._max_depth)
         return summarize(pl_module, max_depth=self._max_depth)
 
     @staticmethod

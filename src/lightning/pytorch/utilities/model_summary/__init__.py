@@ -8,5 +8,14 @@ from lightning.pytorch.utilities.model_summary.model_summary import (
     parse_batch_shape,
     summarize,
 )
+from lightning.pytorch.utilities.model_summary.model_summary_deepspeed import DeepSpeedSummary
 
-__all__ = ["LayerSummary", "ModelSummary", "get_formatted_model_size", "get_human_readable_count", "parse_batch_shape", "summarize"]
+__all__ = [
+    "DeepSpeedSummary",
+    "LayerSummary",
+    "ModelSummary",
+    "get_formatted_model_size",
+    "get_human_readable_count",
+    "parse_batch_shape",
+    "summarize",
+]

@@ -320,8 +320,8 @@ def uncompiled() -> Generator[None, None, None]:
 
 
 def count_elements(parameters: Iterable[Tensor]) -> int:
-    """The number of elements of ``parameters``; lazy ones that are not initialized yet have none."""
-    return sum(0 if isinstance(p, UninitializedParameter) else p.numel() for p in parameters)
+    """The number of elements of ``parameters``; lazy ones that are not initialized yet have none, those that DeepSpeed divides all."""
+    return sum(0 if isinstance(p, UninitializedParameter) else getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def parse_batch_shape(batch: Any) -> str | list[Any]:

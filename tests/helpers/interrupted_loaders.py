@@ -36,6 +36,13 @@ class Augmented(Dataset[Any]):
         return torch.tensor([index, random.gauss(0, 1), np.random.randn(), float(torch.rand(())), *worker], dtype=torch.float64)
 
 
+class OnlyNormal(Augmented):
+    """Draws nothing but normally distributed numbers of numpy, which come in pairs: each second one was in store."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, np.random.randn()])
+
+
 class InBulk(Augmented):
     """The same, asked for several samples at once."""
 
@@ -126,6 +133,14 @@ class AsItGoes(Eager):
 
     def __iter__(self) -> Iterator[int]:
         return (random.randrange(self.length) for _ in range(self.length))
+
+
+class DrawsAtItsEnd(Eager):
+    """Draws once more when it is asked for more than it has."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.length)
+        torch.rand(1)
 
 
 class ByPass(Eager):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import marshal
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -27,17 +27,21 @@ class Indices:
         inner: the sampler.
         keep: how many of the last draws to remember, so that those which a loader has fetched ahead need not be drawn again; 0 for a
             sampler of which the same random state always draws the same.
+        observe: what to call right before the first draw of a pass, for ``first``; None where nothing can come between it and ``iter``.
         swallow: how many times ``iter`` shall not reach the sampler: as often as new worker processes make a loader start its
             sampler where the old ones would not have.
 
     Attributes:
         drawn: how many batches of indices were drawn in the current pass, from the epoch's start.
         digest: tells one order of samples from another.
+        first: the random states right before the first draw of this pass.
         ended: whether the sampler was found to have no more.
     """
 
-    def __init__(self, inner: Any, keep: int = 0, swallow: int = 0) -> None:
+    def __init__(self, inner: Any, keep: int = 0, observe: Callable[[], Any] | None = None, swallow: int = 0) -> None:
         self.inner = inner
+        self.observe = observe
+        self.first: Any = None
         self.kept: deque[Any] = deque(maxlen=keep)
         self.swallow = swallow
         self.drawn = self.digest = 0
@@ -61,6 +65,7 @@ class Indices:
             return iter(())
         self.drawn = self.digest = 0
         self.ended = False
+        self.first = None
         self.kept.clear()
         self.returned.clear()
         self.source = iter(self.inner)  # now, not with the first draw: some samplers draw their whole order here
@@ -102,6 +107,8 @@ class Indices:
             self.ended = not self.returned
 
     def _draw(self) -> Iterator[Any]:
+        if self.observe is not None and self.first is None:
+            self.first = self.observe()
         if self.resumed is not None:
             self.pass_over()
         while self.returned:
@@ -156,7 +163,7 @@ class Indices:
         if self.kept.maxlen:
             ahead = self.drawn - batches
             journal = [*list(self.kept)[len(self.kept) - ahead :], *self.returned]
-        return {"drawn": self.total, "ended": self.ended, "digest": self.digest, "journal": journal}
+        return {"drawn": self.total, "ended": self.ended, "first": self.first, "digest": self.digest, "journal": journal}
 
 
 def innermost(sampler: Any) -> Any:

@@ -88,6 +88,11 @@ class MapStyle:
         self.indices.resume({"batches": done, **state["indices"]}, phantoms)
         self.began = done
         batches = self._batches(iter(self.clone), cursor)
+        first = state["indices"]["first"]
+        if self.workers == 0 and first is not None:
+            self.indices.first = first
+            set_rng_states(first["rng"])
+            set_states(generators, first["generators"])
         if self.workers == 0:
             self.indices.pass_over()
         for _ in range(phantoms):
@@ -125,8 +130,9 @@ class MapStyle:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = getattr(loader, name)
         earlier = state is not None and self.persistent and state["born"] is not None
-        keep = 0 if _draws_alike(sampler) else AHEAD + self.workers * (loader.prefetch_factor or 0)
-        self.indices = Indices(sampler, keep, swallow=1 if earlier else 0)
+        # What is fetched again in this process draws its indices again too, with all random numbers that this takes.
+        keep = 0 if self.workers == 0 or _draws_alike(sampler) else AHEAD + self.workers * (loader.prefetch_factor or 0)
+        self.indices = Indices(sampler, keep, None if self.workers else self._random_states, swallow=1 if earlier else 0)
         attributes = vars(clone)  # a DataLoader refuses to change some of these, as that can't work while it iterates
         attributes.update({name: self.indices, "_iterator": None})
         if self.workers == 0:
@@ -216,8 +222,10 @@ class MapStyle:
         return _share(batches, worker, self.workers) - _share(self.began, worker, self.workers)
 
     def _start(self) -> State:
-        rng = collect_rng_states(include_cuda=False)
-        return {"rng": rng, "generators": states_of(self._generators()), "samplers": sampler_states(self.loader)}
+        return {**self._random_states(), "samplers": sampler_states(self.loader)}
+
+    def _random_states(self) -> State:
+        return {"rng": collect_rng_states(include_cuda=False), "generators": states_of(self._generators())}
 
     def _generators(self) -> list[Any]:
         """Those that decide on the order of the samples."""

@@ -31,6 +31,7 @@ from lightning.fabric.launchers.script import running_crew
 log = logging.getLogger(__name__)
 
 POLL = 1.0  # seconds between two looks at what others say
+LOST_POLL = 5.0  # the same, while the store does not answer: torch prints a line each time
 ALARM = "alarm"  # the key under which the first failure stands
 FIND_CAUSE = 2.0  # seconds in which a process that only sees others vanish learns why
 SETTLE = 1.0  # seconds in which the main thread may notice by itself that another process has failed
@@ -63,7 +64,7 @@ class SideChannel:
         self.alarm: Failure | None = None  # why the run fails, once it is known here
         self.ends_together = False  # all processes have agreed to end the run, so an error that does it is no news to them
         self.lost: float | None = None  # since when the store does not answer
-        self._stood = 0  # where the main thread stood then
+        self._pulse: stacks.Pulse | None = None  # of the main thread, since then
         self._store = store
         self._copy: Any = None
         self._prefix = ""
@@ -93,6 +94,8 @@ class SideChannel:
         global _runs
         _runs += 1
         self._prefix = f"keraunos/{_runs}"
+        self._copy = self._store.clone()
+        self._copy.set_timeout(OPERATION)
         self.every(self._look_for_alarm, POLL)
         self._thread = threading.Thread(target=self._run, name="side-channel", daemon=True)
         self._thread.start()
@@ -159,20 +162,20 @@ class SideChannel:
 
     def put(self, key: str, value: Any) -> None:
         """Write a value, for all to read."""
-        self._connection().set(self._name(key), json.dumps(value))
+        self._copy.set(self._name(key), json.dumps(value))
 
     def put_first(self, key: str, value: Any) -> Any:
         """Write a value unless there is one; return what then stands there."""
-        return json.loads(self._connection().compare_set(self._name(key), "", json.dumps(value)))
+        return json.loads(self._copy.compare_set(self._name(key), "", json.dumps(value)))
 
     def get(self, key: str) -> Any:
         """The value that was written, or None."""
-        store = self._connection()
-        return json.loads(store.get(self._name(key))) if store.check([self._name(key)]) else None
+        name = self._name(key)
+        return json.loads(self._copy.get(name)) if self._copy.check([name]) else None
 
     def add(self, key: str, number: int) -> int:
         """Add to a number that all share, 0 at first; return what it then is."""
-        return int(self._connection().add(self._name(key), number))
+        return int(self._copy.add(self._name(key), number))
 
     def end(self, failure: Failure, report: str | None = None, at_once: bool = False) -> None:
         """End this process because of ``failure``: through an error in its main thread if that hears of it in time.
@@ -231,7 +234,7 @@ class SideChannel:
         except RuntimeError as error:  # of the store, all of whose errors are RuntimeErrors
             if not self._closing:
                 self._note_loss(error)
-            return POLL
+            return min(LOST_POLL, self.grace / 2)
         except Exception:
             log.debug("A task of the side channel failed.", exc_info=True)
             return POLL
@@ -239,21 +242,16 @@ class SideChannel:
 
     def _note_loss(self, error: Exception) -> None:
         """The store does not answer: the process that holds it is gone, or far away."""
-        self._copy = None
-        here = stacks.fingerprint(stacks.outwards(stacks.frame_of(self.owner)))
+        if self._pulse is None:
+            self._pulse = stacks.Pulse(self.owner)
+        alive = self._pulse.look() and not self._pulse.spins  # one that waits for its device computes, in one place
         late = re.search("time(d )?out", str(error), re.IGNORECASE) is not None
-        if self.lost is None or here != self._stood or late:
+        if self.lost is None or alive or late:
             # As long as the main thread gets on, nobody has to be there: rank 0 may have come to its end earlier.
-            self.lost, self._stood = time.monotonic(), here
+            self.lost = time.monotonic()
         elif time.monotonic() - self.lost > self.grace:
             text = "is gone: nothing answers any more where the processes have met"
             self.end(Failure(0, time.time(), EXIT, text))
-
-    def _connection(self) -> Any:
-        if self._copy is None:
-            self._copy = self._store.clone()
-            self._copy.set_timeout(OPERATION)
-        return self._copy
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{key}"

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.seed import collect_rng_states, seed_everything,
 from lightning.pytorch.utilities import CombinedLoader
 
 TOO_EARLY = pytest.mark.xfail(
-    strict=True, reason="a loader that gave its last batch is started with the others, and not when it is its turn"
+    strict=True, reason="a loader that gave its last batch is started with the others, not in its turn"
 )
 
 

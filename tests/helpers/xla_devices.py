@@ -55,7 +55,8 @@ def _load(path: str, qualname: str) -> Callable[..., Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that its classes can be pickled
+    sys.modules[name] = module  # so that its classes can be pickled,
+    sys.path.append(str(Path(path).parent))  # and found by processes that it spawns
     spec.loader.exec_module(module)
     return getattr(module, qualname)  # type: ignore[no-any-return]
 
@@ -69,6 +70,7 @@ def _main(sent: Path, received: Path) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "PJRT_DEVICE=CPU is set")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch_xla's own
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch 2.9's distributed checkpoints
     try:
         outcome: Any = _load(path, qualname)(*arguments), ""
     except BaseException:

@@ -41,7 +41,7 @@ class AsyncCheckpointIO(CheckpointIO):
                 f"`AsyncCheckpointIO(checkpoint_io={checkpoint_io!r})`: a {type(checkpoint_io).__name__} can't write checkpoints. Give an "
                 "instance of a CheckpointIO, or leave it out."
             )
-        self.checkpoint_io = checkpoint_io
+        self._checkpoint_io = checkpoint_io
         self._reset()
 
     def _reset(self) -> None:
@@ -55,17 +55,26 @@ class AsyncCheckpointIO(CheckpointIO):
 
     def __getstate__(self) -> dict[str, Any]:
         self._wait()
-        return {"checkpoint_io": self.checkpoint_io}
+        return {"checkpoint_io": self._checkpoint_io}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["checkpoint_io"])  # type: ignore[misc]
 
     @property
+    def checkpoint_io(self) -> CheckpointIO | None:
+        """What was given; None until something is saved or read if nothing was."""
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO | None) -> None:
+        self._checkpoint_io = checkpoint_io
+
+    @property
     def writer(self) -> CheckpointIO:
         """Who writes, reads and removes."""
-        if self.checkpoint_io is None:
-            self.checkpoint_io = TorchCheckpointIO()
-        return self.checkpoint_io
+        if self._checkpoint_io is None:
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Copy a checkpoint and begin to write it.

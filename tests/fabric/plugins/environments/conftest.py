@@ -15,13 +15,14 @@ Set = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in os.environ:
+    before = dict(os.environ)
+    for name in before:
         if name.startswith(PREFIXES):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", "/nowhere")  # a machine where srun is installed
     monkeypatch.setattr(rank_zero_only, "rank", 0)
-    before = dict(os.environ)
     yield
+    monkeypatch.undo()  # which may bring back what an environment has set in between
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
 

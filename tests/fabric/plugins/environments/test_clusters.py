@@ -129,6 +129,12 @@ class TestLSF:
         with pytest.raises(ValueError, match=r"JSM_NAMESPACE_RANK is not set. `jsrun` sets it"):
             environment.global_rank()
 
+    def test_validation_compares_the_number_of_processes(self, setenv: Set, tmp_path: Path) -> None:
+        setenv(**lsf(tmp_path, "login", socket.gethostname()))
+        LSFEnvironment().validate_settings(2, 2)
+        with pytest.raises(ValueError, match=r"jsrun has started 4 processes, while devices=2 and num_nodes=1 make 2. Let devices be"):
+            LSFEnvironment().validate_settings(2, 1)
+
 
 class TestKubeflow:
     def test_each_pod_is_a_machine(self, setenv: Set) -> None:
@@ -137,6 +143,12 @@ class TestKubeflow:
         assert environment.creates_processes_externally
         assert (environment.main_address, environment.main_port) == ("pod-0", 23456)
         assert ranks(environment) == (3, 2, 0, 2)
+
+    def test_validation_compares_the_number_of_pods(self, setenv: Set) -> None:
+        setenv(MASTER_ADDR="pod-0", MASTER_PORT=23456, WORLD_SIZE=3, RANK=2)
+        KubeflowEnvironment().validate_settings(1, 3)
+        with pytest.raises(ValueError, match="The PyTorchJob has started 3 processes, while devices=3 and num_nodes=3 make 9"):
+            KubeflowEnvironment().validate_settings(3, 3)
 
     def test_is_never_detected(self) -> None:
         with pytest.raises(NotImplementedError, match=r"plugins=\[KubeflowEnvironment\(\)\]"):

@@ -34,7 +34,12 @@ told = [e.creates_processes_externally, e.world_size(), e.global_rank(), e.local
 )
 def test_mpi_tells_ranks_and_agrees_on_a_port(hosts: list[str], local: list[int], node: list[int]) -> None:
     code = ASK.format(name="MPIEnvironment") + (
-        "assert type(detect_environment()) is MPIEnvironment\nsys.stdout.write(json.dumps([*told, e.main_port, e.main_address]) + '\\n')\n"
+        "assert type(detect_environment()) is MPIEnvironment\n"
+        "e.validate_settings(4, 1)\n"
+        "try: e.validate_settings(2, 1)\n"
+        "except ValueError as error: assert 'mpirun has started 4 processes' in str(error)\n"
+        "else: raise AssertionError\n"
+        "sys.stdout.write(json.dumps([*told, e.main_port, e.main_address]) + '\\n')\n"
     )
     assert MPIEXEC is not None
     run = subprocess.run([MPIEXEC, "-n", "4", sys.executable, "-c", code, *hosts], capture_output=True, text=True, timeout=60)

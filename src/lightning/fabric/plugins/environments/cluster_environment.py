@@ -121,3 +121,23 @@ def parse_number(name: str, value: str) -> int:
         return int(value)
     except ValueError:
         raise ValueError(f"The environment variable {name}={value!r} has to be a whole number.") from None
+
+
+def compare_processes(starter: str, started: int, num_devices: int, num_nodes: int, advice: str) -> None:
+    """Compare the number of processes that somebody has started with what the user asked for.
+
+    Args:
+        starter: who has started them.
+        started: how many.
+        num_devices: processes on each machine.
+        num_nodes: machines.
+        advice: what to change: a sentence.
+
+    Raises:
+        ValueError: if they differ, which would leave processes waiting, or out.
+    """
+    if num_devices * num_nodes != started:
+        raise ValueError(
+            f"{starter} has started {started} processes, while devices={num_devices} and num_nodes={num_nodes} make "
+            f"{num_devices * num_nodes}. {advice}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment, read_number, read_variable
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment, compare_processes, read_number, read_variable
 
 HINT = "Kubeflow's training operator sets it in each pod of a PyTorchJob."
 
@@ -37,6 +37,15 @@ class KubeflowEnvironment(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return self.global_rank()
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Compare with the number of processes that the job has started.
+
+        Raises:
+            ValueError: if it is not ``num_devices * num_nodes``.
+        """
+        advice = "Each pod is a machine with one process: set devices=1 and num_nodes to the number of pods."
+        compare_processes("The PyTorchJob", self.world_size(), num_devices, num_nodes, advice)
 
     @staticmethod
     def detect() -> bool:

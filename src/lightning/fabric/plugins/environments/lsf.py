@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 import socket
 
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment, MissingVariableError, read_number, read_variable
+from lightning.fabric.plugins.environments.cluster_environment import (
+    ClusterEnvironment,
+    MissingVariableError,
+    compare_processes,
+    read_number,
+    read_variable,
+)
 
 HINT = "`jsrun` sets it: start the script with `jsrun` inside an LSF job."
 
@@ -54,6 +60,15 @@ class LSFEnvironment(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return self._node_rank
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Compare with the number of processes that ``jsrun`` has started.
+
+        Raises:
+            ValueError: if it is not ``num_devices * num_nodes``.
+        """
+        advice = "Let devices be the processes of a machine, and num_nodes the number of machines."
+        compare_processes("jsrun", self.world_size(), num_devices, num_nodes, advice)
 
     @staticmethod
     def detect() -> bool:

@@ -7,7 +7,7 @@ import importlib.util
 import socket
 from typing import Any
 
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment, compare_processes
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 
@@ -67,6 +67,15 @@ class MPIEnvironment(ClusterEnvironment):
         here = (socket.gethostname(), find_free_network_port()) if self.global_rank() == 0 else None
         meeting: Any = self._world.bcast(here, root=0)
         return meeting[0], meeting[1]
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Compare with the number of processes that ``mpirun`` has started.
+
+        Raises:
+            ValueError: if it is not ``num_devices * num_nodes``.
+        """
+        advice = "Let devices be the processes of a machine, and num_nodes the number of machines."
+        compare_processes("mpirun", self.world_size(), num_devices, num_nodes, advice)
 
     @staticmethod
     def detect() -> bool:

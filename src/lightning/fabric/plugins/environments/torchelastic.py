@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment, read_number
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment, compare_processes, read_number
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 HINT = "torchrun sets it in each process: start the script with `torchrun --nproc-per-node=N script.py`."
@@ -44,12 +44,8 @@ class TorchElasticEnvironment(ClusterEnvironment):
         Raises:
             ValueError: if it is not ``num_devices * num_nodes``.
         """
-        world_size = self.world_size()
-        if num_devices * num_nodes != world_size:
-            raise ValueError(
-                f"torchrun has started {world_size} processes, while devices={num_devices} and num_nodes={num_nodes} make "
-                f"{num_devices * num_nodes}. Let devices be torchrun's --nproc-per-node, and num_nodes its --nnodes."
-            )
+        advice = "Let devices be torchrun's --nproc-per-node, and num_nodes its --nnodes."
+        compare_processes("torchrun", self.world_size(), num_devices, num_nodes, advice)
 
     @staticmethod
     def detect() -> bool:

@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults test-deepspeed lint types check format bench clean
+.PHONY: help venv demo test test-faults test-deepspeed test-xla lint types check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,20 @@ test-deepspeed: ## run the tests under DeepSpeed, in .venv-deepspeed
 	$(MAKE) VENV=.venv-deepspeed .venv-deepspeed/.installed-deepspeed,dev
 	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -c '$(COMPILE)'
 	.venv-deepspeed/bin/python -m pytest tests/fabric/strategies/test_deepspeed*.py tests/pytorch/strategies/test_deepspeed*.py $(ARGS)
+
+# torch_xla is built for one release of PyTorch, older than the package otherwise asks for: so it is installed past its requirements.
+XLA_NEEDS := torch==2.9.0 torch_xla==2.9.0 numpy 'fsspec[http]' PyYAML packaging tqdm typing-extensions torchmetrics pytest pytest-timeout
+XLA_TESTS := $(addprefix tests/,fabric/accelerators/test_xla.py fabric/launchers/test_xla.py fabric/plugins/environments/test_libraries.py \
+	$(addprefix fabric/strategies/,test_single_xla.py test_xla.py test_xla_fsdp.py) pytorch/strategies/test_xla.py)
+test-xla: export OMP_NUM_THREADS = 1
+test-xla: .venv-xla/.installed ## run the tests under torch_xla, on its CPU devices, in .venv-xla
+	.venv-xla/bin/python -m pytest $(or $(ARGS),$(XLA_TESTS))
+
+.venv-xla/.installed: pyproject.toml
+	@.venv-xla/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-xla
+	.venv-xla/bin/python -m pip install --disable-pip-version-check --extra-index-url https://download.pytorch.org/whl/cpu $(XLA_NEEDS)
+	.venv-xla/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: export KERAUNOS_FAULTS = full

@@ -1,7 +1,7 @@
 """DeepSpeed's engine in two real processes, on its CPU accelerator: it computes what one process computes on all of the data.
 
-Needs the package deepspeed: ``make test-deepspeed``. All runs of this file happen in one pair of processes, since DeepSpeed takes
-seconds to get ready in each.
+Needs the package deepspeed: ``make test-deepspeed``; offloading to a disk needs the library libaio as well. All runs happen in one
+pair of processes, since DeepSpeed takes seconds to get ready in each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ RUNS: dict[str, dict[str, Any]] = {  # arguments of the strategy and of `train`
     "zero 2, bf16": {"stage": 2, "precision": "bf16-mixed", "clip": 0.3},
     "zero 3, bf16": {"stage": 3, "precision": "bf16-mixed", "clip": 0.3},
 }
+
+NVME = {"offload_optimizer": True, "offload_optimizer_device": "nvme", "offload_parameters": True, "offload_params_device": "nvme"}
+if find_library("aio") is not None:  # DeepSpeed reaches disks through it
+    RUNS["zero 3, nvme"] = {"stage": 3, **NVME, "params_buffer_size": 10000, "accumulate": 2, "clip": 0.3, "optimizer": "cpu_adam"}
 
 
 def make_optimizer(kind: str, module: nn.Module) -> torch.optim.Optimizer:
@@ -145,20 +150,20 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def train_all(rank: int, size: int) -> dict[str, Any]:
+def train_all(rank: int, size: int, folder: str) -> dict[str, Any]:
     prepare()
     outcome = {}
     for name, arguments in RUNS.items():
         of_strategy, of_training = split(arguments)
-        strategy = deepspeed_strategy(size, **of_strategy)
+        strategy = deepspeed_strategy(size, nvme_path=folder, **of_strategy)
         outcome[name] = train(strategy, [part(batch, rank, size) for batch in DATA], **of_training)
     return outcome
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[dict[str, Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of all runs, in each process."""
-    return run(train_all, 2, timeout=240)
+    return run(train_all, 2, str(tmp_path_factory.mktemp("disk")), timeout=240)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "bf16" not in name])

@@ -361,6 +361,14 @@ def test_a_directory_is_for_a_run_like_the_one_that_saved_it(
         saved.check_fits(processes, stage, optimizer)
 
 
+def test_states_of_one_kind_of_optimizer_are_not_given_to_another() -> None:
+    for saved in ([], ["SGD"]):
+        directories.check_optimizer(saved, "SGD")
+    directories.check_optimizer(["AdamW"], "DeepSpeedCPUAdam")
+    with pytest.raises(MisconfigurationException, match=r"optimizers \['AdamW'\], and here it is SGD"):
+        directories.check_optimizer(["AdamW"], "SGD")
+
+
 def test_a_file_is_wanted_where_whole_weights_were_announced(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="Leave load_full_weights out"):
         DeepSpeedStrategy(stage=3, load_full_weights=True).load_checkpoint(directory(tmp_path))

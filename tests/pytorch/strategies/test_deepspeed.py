@@ -201,7 +201,8 @@ def fit_all(rank: int, size: int) -> dict[str, Any]:
             outcomes[f"{stage} {name}"] = outcome_of(trainer, model)
             outcomes[f"{stage} {name}"]["sizes"] = getattr(model, "sizes", None)
         summary = ModelSummaryCallback(max_depth=2)._summary(trainer, model)
-        outcomes[f"{stage} summary"] = (summary.total_parameters, dict(summary._get_summary_data()))
+        columns = {title: [cell.strip() for cell in cells] for title, cells in summary._get_summary_data()}
+        outcomes[f"{stage} summary"] = (summary.total_parameters, columns)
     return outcomes
 
 

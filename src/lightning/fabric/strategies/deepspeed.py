@@ -238,6 +238,7 @@ class DeepSpeedStrategy(SavesDirectories):
         self._loop_steps = self._set_local_rank = False
         self._rounded: list[tuple[Tensor, Tensor]] = []
         self._saved = None
+        self._optimizers_of_file: list[str] = []
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -424,6 +425,10 @@ class DeepSpeedStrategy(SavesDirectories):
     def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
         """A context for the batches of an accumulation window before the last one."""
         return self._running.not_at_the_end()
+
+    def block_backward_sync(self) -> AbstractContextManager[Any]:
+        """Another name of :meth:`no_backward_sync`."""
+        return self.no_backward_sync()
 
     def backward(self, tensor: Tensor, module: Module | None = None, *args: Any, **kwargs: Any) -> None:
         """Run backward through the engine, which scales the loss where the precision needs it, and reduces gradients."""

@@ -12,7 +12,7 @@ import io as streams
 import os
 import pickle
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ OF_DEEPSPEED = frozenset(
         *("ds_config", "ds_version"),
     )
 )
+ADAMS = {"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"}  # which keep the same states
 # Classes that DeepSpeed pickles into its files, none of which does anything but hold what it is given.
 HARMLESS = frozenset(
     {
@@ -104,6 +105,23 @@ class SavedCheckpoint:
                     "its parts are for a run like that one. To go on with its weights alone, make one file of them with "
                     "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict, and load that."
                 )
+
+
+def check_optimizer(saved: Sequence[str], here: str) -> None:
+    """Refuse to give the state of one kind of optimizer to another.
+
+    Args:
+        saved: the names of the classes in a checkpoint; none if they are not known.
+        here: the name of the class.
+
+    Raises:
+        MisconfigurationException: if they keep other states.
+    """
+    if any(name != here and not {name, here} <= ADAMS for name in saved):
+        raise MisconfigurationException(
+            f"The checkpoint was saved with the optimizers {list(saved)}, and here it is {here}. Return the same one to resume; "
+            "to start anew from the weights, use `Model.load_from_checkpoint(path)`."
+        )
 
 
 def is_deepspeed_checkpoint(path: io.PathLike) -> bool:

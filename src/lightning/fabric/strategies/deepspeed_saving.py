@@ -33,6 +33,7 @@ class SavesDirectories(ParallelStrategy):
     load_full_weights: bool
     exclude_frozen_parameters: bool
     _saved: directories.SavedCheckpoint | None  # the directory that is being restored from
+    _optimizers_of_file: list[str]  # the names of those whose state is in the file that is being restored from
     _rounded: list[tuple[Tensor, Tensor]]  # weights that were rounded for evaluation, and what they were
 
     def connect(self, module: Module) -> None:
@@ -108,8 +109,8 @@ class SavesDirectories(ParallelStrategy):
                 checkpoint["optimizer_states"] = [{}]
         else:
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        # The names of optimizers are those that DeepSpeed's have replaced.
-        ours = {name: value for name, value in checkpoint.get("keraunos", {}).items() if name != "optimizers"}
+        ours = dict(checkpoint.get("keraunos", {}))
+        self._optimizers_of_file = ours.pop("optimizers", [])  # compared here, since what the trainer sees is DeepSpeed's
         return {**checkpoint, "keraunos": ours}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -135,7 +136,8 @@ class SavesDirectories(ParallelStrategy):
         if not engine.raw.load_universal_checkpoint():
             saved.check_fits(self.world_size, zero_stage(self.config), type(engine.basic_optimizer).__name__)
         strict = strict and not self.exclude_frozen_parameters
-        engine.raw.load_checkpoint(saved.path, saved.tag, load_module_strict=strict, load_lr_scheduler_states=False)
+        tag = None if engine.raw.load_universal_checkpoint() else saved.tag  # a universal one stands in a folder of its own
+        engine.raw.load_checkpoint(saved.path, tag, load_module_strict=strict, load_lr_scheduler_states=False)
 
     def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load whole weights, which each process divides as it holds them; all processes must call it, with the same ones."""
@@ -178,10 +180,15 @@ class SavesDirectories(ParallelStrategy):
         return {}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Load the state of an optimizer from a file; a directory's was loaded with its weights."""
+        """Load the state of an optimizer from a file; a directory's was loaded with its weights.
+
+        Raises:
+            MisconfigurationException: if it is that of another kind of optimizer.
+        """
         if self._saved is not None:
             return
         engine = self._running
+        directories.check_optimizer(self._optimizers_of_file, type(engine.basic_optimizer).__name__)
         if not states.load_optimizer_state(engine.raw.optimizer, engine.basic_optimizer, engine.parameters, state):
             rank_zero_warn(
                 "The checkpoint is a file with the state of an optimizer that can't be divided as DeepSpeed divides this one. The weights "

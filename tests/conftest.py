@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Programs that tests, or people with a GPU, start: they hold no doctests, and some look at their arguments when they are imported.
+collect_ignore_glob = ["gpu/*.py", "faults/*storm.py"]
+
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

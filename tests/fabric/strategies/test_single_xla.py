@@ -92,6 +92,13 @@ def everything(folder: str) -> dict[str, Any]:
     found["debug at the end"] = os.environ.get("PT_XLA_DEBUG")
     found["processes"] = (strategy.world_size, strategy.global_rank, strategy.is_distributed, strategy.launcher)
     found["spellings"] = spellings()
+    found["random"] = []
+    for seed in (5, 6, 5):
+        torch.manual_seed(seed)
+        strategy = made()
+        found["random"].append(torch.rand(3, device=strategy.root_device).tolist())
+    strategy.setup_environment()
+    found["random"].append(torch.rand(3, device=strategy.root_device).tolist())
     return found
 
 
@@ -147,6 +154,12 @@ def test_batches_and_modules_get_to_the_device(found: dict[str, Any]) -> None:
 def test_debug_sets_torch_xlas_variable_until_teardown(found: dict[str, Any]) -> None:
     assert found["debug"] == "1"
     assert found["debug at the end"] is None
+
+
+def test_random_numbers_of_the_device_follow_the_seed(found: dict[str, Any]) -> None:
+    first, second, third, fourth = found["random"]
+    assert first == third != second
+    assert fourth not in (first, second), "a further run of the same strategy goes on"
 
 
 def test_there_is_one_process(found: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from training import largest_difference, plain
 
 from lightning.fabric import Fabric
 from lightning.fabric.checkpoint import io
+from lightning.fabric.strategies import deepspeed_checkpoint as directories
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict, ds_checkpoint_dir
@@ -103,7 +105,7 @@ def weights_of(trainer: Any) -> dict[str, Any]:
 
 def save_and_resume(size: int, stage: int, folder: Path) -> dict[str, Any]:
     """A run of two epochs; one of an epoch that is saved; and everything that can go on from there."""
-    saved = folder / f"stage {stage}.ckpt"
+    saved = folder / f"stage_{stage}.ckpt"
     whole = fit(Model(), size, 2, strategy=deepspeed_strategy(stage))
     outcome: dict[str, Any] = {"whole": weights_of(whole)}
     trainer = fit(Model(), size, strategy=deepspeed_strategy(stage))
@@ -179,6 +181,18 @@ def fabric(size: int, folder: Path) -> dict[str, Any]:
     return {"whole": whole, "resumed": loop(4, folder / "fabric.ckpt", None)}
 
 
+def resume_alone(rank: int, size: int, path: str) -> dict[str, Any]:
+    """Of another number of processes, from what DeepSpeed's own tool has made of a directory."""
+    prepare()
+    command = directories.TO_UNIVERSAL.format(path).split()
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    strategy = deepspeed_strategy(2)
+    strategy.config["checkpoint"] = {"load_universal": True}
+    trainer = quiet(max_epochs=2, strategy=strategy)
+    trainer.fit(Model(seed=4), loader(Vectors(SAMPLES), BATCH, 1), ckpt_path=path)
+    return weights_of(trainer)
+
+
 class Touching:
     """What a malicious file might hold."""
 
@@ -187,7 +201,7 @@ class Touching:
 
 
 def failures(rank: int, size: int, folder: Path) -> list[str]:
-    saved = folder / "stage 2.ckpt"
+    saved = folder / "stage_2.ckpt"
     poisoned = folder / "poisoned.ckpt"
     if rank == 0:
         import shutil
@@ -280,14 +294,14 @@ def test_a_run_that_only_evaluates_saves_one_file(stage: int, outcomes: dict[str
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_directory_is_complete_and_nothing_is_left_beside_it(stage: int, outcomes: dict[str, Any], folder: Path) -> None:
-    assert ds_checkpoint_dir(folder / f"stage {stage}.ckpt") == str(folder / f"stage {stage}.ckpt" / "checkpoint")
+    assert ds_checkpoint_dir(folder / f"stage_{stage}.ckpt") == str(folder / f"stage_{stage}.ckpt" / "checkpoint")
     assert [name for name in os.listdir(folder) if "partial" in name or name.endswith(".old")] == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_directory_becomes_one_file(stage: int, outcomes: dict[str, Any], alone: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    converted = convert_zero_checkpoint_to_fp32_state_dict(folder / f"stage {stage}.ckpt", tmp_path / "whole.ckpt")
+    converted = convert_zero_checkpoint_to_fp32_state_dict(folder / f"stage_{stage}.ckpt", tmp_path / "whole.ckpt")
     read = io.load(tmp_path / "whole.ckpt")
     assert set(read) == set(converted)
     assert (read["epoch"], read["global_step"], read["hyper_parameters"]["seed"]) == (1, 5, 3)
@@ -321,6 +335,11 @@ def test_a_float32_file_keeps_its_bits_in_a_bf16_run(outcomes: dict[str, Any], a
 
 def test_a_loop_of_ones_own_is_resumed(outcomes: dict[str, Any]) -> None:
     assert largest_difference(outcomes["fabric"]["resumed"], outcomes["fabric"]["whole"]) < TOLERANCE
+
+
+def test_a_run_goes_on_under_another_number_of_processes(outcomes: dict[str, Any], alone: dict[str, Any], folder: Path) -> None:
+    ours = run(resume_alone, 1, str(folder / "stage_2.ckpt"), timeout=240)[0]
+    assert largest_difference(ours, alone["whole"]) < TOLERANCE
 
 
 def test_errors_say_what_to_do(outcomes: dict[str, Any]) -> None:

@@ -18,9 +18,7 @@ from lightning.fabric.utilities.loader_state import ResumableLoader
 from lightning.fabric.utilities.seed import collect_rng_states, seed_everything, set_rng_states
 from lightning.pytorch.utilities import CombinedLoader
 
-TOO_EARLY = pytest.mark.xfail(
-    strict=True, reason="a loader that gave its last batch is started with the others, not in its turn"
-)
+TOO_EARLY = pytest.mark.xfail(strict=True, reason="a loader that gave its last batch is started with the others, not in its turn")
 
 
 def combined(mode: Any, wrapped: bool = True) -> CombinedLoader:

@@ -40,6 +40,10 @@ OF_DEEPSPEED = frozenset(
         *("ds_config", "ds_version"),
     )
 )
+TO_UNIVERSAL = (
+    "python -m deepspeed.checkpoint.ds_to_universal --input_folder {0}/checkpoint --output_folder {0}/checkpoint_universal "
+    "--inject_missing_state"
+)
 ADAMS = {"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"}  # which keep the same states
 # Classes that DeepSpeed pickles into its files, none of which does anything but hold what it is given.
 HARMLESS = frozenset(
@@ -82,6 +86,11 @@ class SavedCheckpoint:
         """The number of processes that wrote it."""
         return int(self.facts["dp_world_size"])
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the module, from memory of its own."""
+        content = io.load(model_file(self.folder), io.keep_on_cpu, mmap=True)
+        return {name: content["module"][name].clone() for name in content["buffer_names"] if name in content["module"]}
+
     def check_fits(self, processes: int, stage: int, optimizer: str) -> None:
         """Make sure that each process of a run finds its part in it.
 
@@ -103,7 +112,9 @@ class SavedCheckpoint:
                 raise MisconfigurationException(
                     f"The DeepSpeed checkpoint {self.path!r} was saved by a run whose {what} was {theirs}, and here it is {ours}: "
                     "its parts are for a run like that one. To go on with its weights alone, make one file of them with "
-                    "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict, and load that."
+                    "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict, and load that. "
+                    f"For another number of processes there is also `{TO_UNIVERSAL.format(self.path)}`; resume from the same directory "
+                    "then, with 'checkpoint': {'load_universal': True} in the DeepSpeed configuration."
                 )
 
 

@@ -133,11 +133,16 @@ class SavesDirectories(ParallelStrategy):
             self.load_module_state_dict(self.module, weights, strict)
 
     def _load_directory(self, engine: Engine, saved: directories.SavedCheckpoint, strict: bool) -> None:
+        strict = strict and not self.exclude_frozen_parameters
         if not engine.raw.load_universal_checkpoint():
             saved.check_fits(self.world_size, zero_stage(self.config), type(engine.basic_optimizer).__name__)
-        strict = strict and not self.exclude_frozen_parameters
-        tag = None if engine.raw.load_universal_checkpoint() else saved.tag  # a universal one stands in a folder of its own
-        engine.raw.load_checkpoint(saved.path, tag, load_module_strict=strict, load_lr_scheduler_states=False)
+            engine.raw.load_checkpoint(saved.path, saved.tag, load_module_strict=strict, load_lr_scheduler_states=False)
+            return
+        engine.raw.load_checkpoint(saved.path, load_lr_scheduler_states=False)  # from a folder of its own, which has no buffers
+        here = dict(engine.module.named_buffers())
+        for name, buffer in saved.buffers().items():
+            if name in here:
+                here[name].copy_(buffer)
 
     def load_module_state_dict(self, module: Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load whole weights, which each process divides as it holds them; all processes must call it, with the same ones."""

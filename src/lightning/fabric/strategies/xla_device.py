@@ -22,6 +22,17 @@ class XLADeviceStrategy(Strategy):
     all processes stay the same.
     """
 
+    _seed: int | None = None  # that of the device's random numbers
+
+    def setup_environment(self) -> None:
+        """Make the device ready; its random numbers follow the seed of ``torch.manual_seed``, which does not reach it by itself."""
+        super().setup_environment()
+        if torch.initial_seed() != self._seed:
+            import torch_xla
+
+            self._seed = torch.initial_seed()
+            torch_xla.manual_seed(self._seed % 2**63, str(self.root_device))
+
     def module_to_device(self, module: Module) -> None:
         """Move the module; weights that layers share stay shared."""
         move_module(module, self.root_device)

@@ -307,6 +307,8 @@ def main(rank: int, port: int) -> None:
 if __name__ == "__main__":
     if find_spec("deepspeed") is None:
         print("skipped: the package deepspeed is not installed")
+    elif SIZE == 0:
+        print("skipped: there is no GPU")
     else:
         torch.multiprocessing.spawn(main, (find_free_network_port(),), nprocs=SIZE)  # type: ignore[no-untyped-call]
         print("all is well")

@@ -50,6 +50,7 @@ case " $* " in
 esac
 check check_trainer_cuda.py "$@"
 check check_fabric_cuda.py "$@"
+check check_deepspeed_cuda.py
 gpus=$("$python" -S -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -ge 2 ]; then
     check check_ddp_cuda.py

@@ -114,7 +114,8 @@ def run(start: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
         done = start(*arguments, **options).finish(timeout)
         left = done.left()
         assert not left, f"processes that are left: {left}"
-        files = [path.name for path in (tmp_path / "temporary").iterdir() if not path.name.startswith("torchinductor_")]  # torch keeps that
+        names = [path.name for path in (tmp_path / "temporary").iterdir()]
+        files = [name for name in names if not name.startswith(("torchinductor_", "torchelastic_"))]  # which torch keeps
         assert not files, f"files that are left: {files}"
         return done
 

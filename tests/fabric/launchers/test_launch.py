@@ -67,6 +67,8 @@ def test_program_from_standard_input_is_refused() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_external_processes_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    for name, value in {"WORLD_SIZE": str(ranks * 2), "RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     before = dict(os.environ)
     launcher = ScriptLauncher(KubeflowEnvironment(), ranks, 2)
     assert launcher.launch(lambda a, *, b: (a, b), 1, b=2) == (1, 2)

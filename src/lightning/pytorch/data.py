@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -271,35 +272,36 @@ class RunData:
         return self.given.get(stage) is not None or self._hook(stage) is not None
 
     def _load_evaluation(self, stage: str) -> EvalLoaders:
-        config, strategy = self.trainer._config, self.trainer.strategy
+        config = self.trainer._config
         asked = self._ask(stage)
-        if isinstance(asked, CombinedLoader) and asked.mode != "sequential":
-            # Loaders side by side count as one loader, whose batches are combinations.
-            asked.flattened = [self._shared_out(loader, stage) for loader in asked.flattened]
-            loaders: list[Any] = [_Sized(asked)]
-        elif isinstance(asked, CombinedLoader):
-            loaders = list(asked.flattened)
-        else:
-            loaders = CombinedLoader(asked, "sequential").flattened
+        combined = copy.copy(asked) if isinstance(asked, CombinedLoader) else CombinedLoader(asked, "sequential")
+        combined.flattened = [self._prepared(loader, stage) for loader in combined.flattened]
+        # Loaders side by side count as one loader, whose batches are combinations.
+        loaders: list[Any] = combined.flattened if combined.mode == "sequential" else [_Sized(combined)]
         limit = getattr(config, f"limit_{stage}_batches")
         counts: list[float] = []
-        for i, loader in enumerate(loaders):
-            _check_iterable(loader, self._asked_what(stage))
-            self._warn_of_few_workers(loader, stage)
-            if stage == "val" and config.overfit_batches > 0:
-                loader = _unshuffled(loader, stage)
-            elif is_shuffled(loader):
-                rank_zero_warn(
-                    f"The {stage} loader shuffles its data. In evaluation the order should stay the same: set shuffle=False.",
-                    category=PossibleUserWarning,
-                )
-            loaders[i] = strategy.process_dataloader(self._shared_out(loader, stage))
-            seed_workers(loaders[i], strategy.global_rank)
-            length = sized_len(loaders[i])
+        for loader in loaders:
+            length = sized_len(loader)
             if limit != 0 and self._is_empty(length):
                 raise MisconfigurationException(f"{self._asked_what(stage)} gave a loader of length 0: there is nothing to run on.")
             counts.append(limited(UNBOUNDED if length is None else length, limit, f"limit_{stage}_batches"))
         return EvalLoaders(asked, loaders, counts)
+
+    def _prepared(self, loader: Any, stage: str) -> Any:
+        """A loader for evaluation as this process needs it."""
+        config, strategy = self.trainer._config, self.trainer.strategy
+        _check_iterable(loader, self._asked_what(stage))
+        self._warn_of_few_workers(loader, stage)
+        if stage == "val" and config.overfit_batches > 0:
+            loader = _unshuffled(loader, stage)
+        elif is_shuffled(loader):
+            rank_zero_warn(
+                f"The {stage} loader shuffles its data. In evaluation the order should stay the same: set shuffle=False.",
+                category=PossibleUserWarning,
+            )
+        loader = strategy.process_dataloader(self._shared_out(loader, stage))
+        seed_workers(loader, strategy.global_rank)
+        return loader
 
     # ---- asking -----------------------------------------------------------------------------------------------------
 

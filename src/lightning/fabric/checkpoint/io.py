@@ -429,6 +429,8 @@ class CheckpointIO(ABC):
         trainer = Trainer(plugins=[Uploading()])
     """
 
+    troubled = False  # whether poll() has something to say: the Trainer looks at it after each batch
+
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
@@ -467,7 +469,10 @@ class CheckpointIO(ABC):
         return False
 
     def poll(self) -> None:
-        """Raise the error of a save in the background that has failed, once. Called at every step: it must cost nothing."""
+        """Raise the error of a save in the background that has failed, once. Called between two batches, once ``troubled`` is True."""
+
+    def wait(self) -> None:
+        """Wait until what has been saved is on the disk, and raise the error if it is not. Called at the end of ``fit``."""
 
     def teardown(self) -> None:
         """Finish what is under way. Called when the run ends."""

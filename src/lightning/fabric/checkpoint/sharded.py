@@ -99,12 +99,13 @@ def split(checkpoint: Any) -> tuple[Any, dict[str, Tensor]]:
     return map_tensors(take, checkpoint), found
 
 
-def write_shards(tensors: dict[str, Tensor], folder: str) -> None:
+def write_shards(tensors: dict[str, Tensor], folder: str, group: Any = None) -> None:
     """Write the parts of tensors that this process holds; in a run of several processes, all of them must call it.
 
     Args:
         tensors: by name, the same names in all processes.
         folder: is there, and visible to all processes.
+        group: of all processes; None for the one of the run.
 
     Raises:
         OSError: in every process, if any of them failed.
@@ -117,7 +118,7 @@ def write_shards(tensors: dict[str, Tensor], folder: str) -> None:
         if alone:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            dcp.save(tensors, storage_writer=_summing_writer(folder), no_dist=alone)
+            dcp.save(tensors, storage_writer=_summing_writer(folder), process_group=group, no_dist=alone)
         except CheckpointException as error:  # which is no Exception, so that handlers of those would not see it
             failed = "; ".join(f"rank {rank}: {reason[0]!r}" for rank, reason in sorted(error.failures.items()))
             causes = [reason[0] for reason in error.failures.values()]

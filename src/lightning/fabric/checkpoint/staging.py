@@ -85,7 +85,12 @@ class Staging:
         if tensor.is_meta:
             return tensor
         source = tensor.detach()
-        if type(source) is not Tensor or not tensor_is_plain(source):
+        if type(source) is not Tensor and hasattr(source, "__tensor_flatten__"):  # such as a DTensor: what it consists of is copied
+            names, context = source.__tensor_flatten__()
+            parts = {name: self._tensor(getattr(source, name)) for name in names}
+            kind: Any = type(source)
+            result: Tensor = kind.__tensor_unflatten__(parts, context, source.size(), source.stride())
+        elif type(source) is not Tensor or not tensor_is_plain(source):
             result = source.clone() if source.device.type == "cpu" else source.cpu()
         else:
             source = source.resolve_conj().resolve_neg()
@@ -96,7 +101,8 @@ class Staging:
         elif tensor.requires_grad and result.is_floating_point():
             result.requires_grad_()
         if attributes := vars(tensor):
-            vars(result).update(attributes)
+            own = vars(result)
+            own.update({name: value for name, value in attributes.items() if name not in own})
         self.memo[id(tensor)] = tensor, result
         return result
 

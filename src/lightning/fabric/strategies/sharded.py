@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning.fabric import collectives
 from lightning.fabric.checkpoint import io, sharded
+from lightning.fabric.checkpoint.background import BackgroundCheckpointIO
 from lightning.fabric.precision import Precision
 from lightning.fabric.strategies import sharding
 from lightning.fabric.strategies.objects import restore
@@ -31,6 +33,7 @@ class ShardedStrategy(ParallelStrategy):
     handles_gradient_accumulation = False
     saves_directories = False
     file_option = "state_dict_type='full'"  # what to pass for checkpoints of one file
+    _saves_in: tuple[Any, Any] | None = None  # the group of all processes, and that of what is saved in the background
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
@@ -114,13 +117,45 @@ class ShardedStrategy(ParallelStrategy):
         if not self.saves_directories:
             super().save_checkpoint(sharding.full_state(checkpoint), filepath, storage_options)
             return
-        if storage_options is not None or type(self.checkpoint_io) is not io.TorchCheckpointIO:
-            given = f"storage_options={storage_options!r}" if storage_options is not None else type(self.checkpoint_io).__name__
+        if storage_options is not None or type(self._plain_io) is not io.TorchCheckpointIO:
+            given = f"storage_options={storage_options!r}" if storage_options is not None else type(self._plain_io).__name__
             raise TypeError(
                 f"{given} was given, and checkpoints that are directories are written by all processes, past it. Leave it out, or use "
                 f"{type(self).__name__}({self.file_option})."
             )
-        sharding.save_sharded_checkpoint(checkpoint, filepath)
+        if not isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            sharding.save_sharded_checkpoint(checkpoint, filepath)
+            return
+        target = sharding.directory_of(filepath)
+        plain, tensors = sharded.split(checkpoint)
+        group = self._saving_group()
+
+        def write(parts: tuple[Any, dict[str, Tensor]], in_background: bool) -> None:
+            sharding.write_sharded_checkpoint(*parts, target, group if in_background else None)
+
+        def agree(order: int) -> int:
+            return int(collectives.reduce(order, "max", group))
+
+        self.checkpoint_io.submit(filepath, (plain if self.is_global_zero else {}, tensors), write, agree)
+
+    @property
+    def _plain_io(self) -> io.CheckpointIO:
+        """What reads and writes, also where that happens in the background."""
+        return self.checkpoint_io.writer if isinstance(self.checkpoint_io, BackgroundCheckpointIO) else self.checkpoint_io
+
+    def _saving_group(self) -> Any:
+        """The group for what is saved in the background, whose messages must not come between those of training; all must call it."""
+        if not collectives.is_distributed():
+            return None
+        world = torch.distributed.group.WORLD
+        if self._saves_in is None or self._saves_in[0] is not world:
+            self._saves_in = world, torch.distributed.new_group(backend="gloo")
+        return self._saves_in[1]
+
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            self.checkpoint_io.leave_soon()  # what is being saved needs the others, which may be gone
+        super().on_exception(exception)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of either form, such that a machine holds its weights once, however many processes it has.
@@ -130,7 +165,9 @@ class ShardedStrategy(ParallelStrategy):
         return self._read(checkpoint_path, weights_only, sharded.LEFT_UNREAD)
 
     def _read(self, path: Any, weights_only: bool | None, left_unread: Iterable[str]) -> dict[str, Any]:
-        if type(self.checkpoint_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
+        if isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            self.checkpoint_io.settle()
+        if type(self._plain_io).load_checkpoint is not io.TorchCheckpointIO.load_checkpoint:
             return super().load_checkpoint(path, weights_only)
         if sharded.is_sharded_checkpoint(path):
             return sharded.open_sharded(path, weights_only, left_unread)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning.fabric import collectives
 from lightning.fabric.checkpoint import sharded
+from lightning.fabric.checkpoint.temporary import temporary_name
 from lightning.fabric.utilities.cloud_io import local_path
 
 if TYPE_CHECKING:
@@ -226,25 +226,49 @@ def save_sharded_checkpoint(checkpoint: dict[str, Any], path: Any) -> None:
         ValueError: for a URL, or a path that not all processes see.
         OSError: or another error in every process, if any of them could not write.
     """
+    target = directory_of(path)
+    write_sharded_checkpoint(*sharded.split(checkpoint), target)
+
+
+def directory_of(path: Any) -> str:
+    """Where a sharded checkpoint goes.
+
+    Raises:
+        ValueError: for a URL.
+    """
     target = local_path(path)
     if target is None:
         raise ValueError(
             f"A sharded checkpoint can't be written to {os.fspath(path)!r}: all processes write to one directory of a shared disk. "
             "Give such a path, or use state_dict_type='full', which writes one file to any place."
         )
-    target = os.path.abspath(target)
-    plain, tensors = sharded.split(checkpoint)
-    token = collectives.broadcast(secrets.token_hex(8))
-    folder = os.path.join(os.path.dirname(target), f".{token}.partial")
+    return os.path.abspath(target)
+
+
+def write_sharded_checkpoint(plain: Any, tensors: dict[str, Tensor], target: str, group: Any = None) -> None:
+    """Write the two parts of a checkpoint (:func:`~lightning.fabric.checkpoint.sharded.split`) into a directory.
+
+    Args:
+        plain: that of rank 0 is written.
+        tensors: by name, the same names in all processes, which all must call this.
+        target: the directory, an absolute path.
+        group: of all processes; None for the one of the run, which nothing else may use at the same time.
+
+    Raises:
+        ValueError: for a path that not all processes see.
+        OSError: or another error in every process, if any of them could not write.
+    """
+    name = collectives.broadcast(temporary_name() if _is_rank_zero() else "", group=group)
+    folder = os.path.join(os.path.dirname(target), name)
     try:
-        on_rank_zero(os.makedirs, folder)
-        if not collectives.reduce_boolean_decision(_appears(folder)):
+        on_rank_zero(os.makedirs, folder, group=group)
+        if not collectives.reduce_boolean_decision(_appears(folder), group=group):
             raise ValueError(
                 f"Not all processes see the directory of {target!r}. A sharded checkpoint needs a disk that all machines share; "
                 "with local disks use state_dict_type='full'."
             )
-        sharded.write_shards(tensors, folder)
-        on_rank_zero(sharded.commit, plain, folder, target)
+        sharded.write_shards(tensors, folder, group)
+        on_rank_zero(sharded.commit, plain, folder, target, group=group)
     except BaseException:
         if os.path.isdir(folder) and _is_rank_zero():
             import shutil
@@ -267,7 +291,7 @@ def _appears(folder: str, patience: float = 10.0) -> bool:
     return True
 
 
-def on_rank_zero(action: Callable[..., Any], *args: Any) -> None:
+def on_rank_zero(action: Callable[..., Any], *args: Any, group: Any = None) -> None:
     """Do something on rank 0 while the others wait for it; its error is raised in all processes."""
     error: Exception | None = None
     if _is_rank_zero():
@@ -275,7 +299,7 @@ def on_rank_zero(action: Callable[..., Any], *args: Any) -> None:
             action(*args)
         except Exception as caught:
             error = caught
-    told = collectives.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+    told = collectives.broadcast(None if error is None else f"{type(error).__name__}: {error}", group=group)
     if error is not None:
         raise error
     if told is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +233,34 @@ def unscale(trainer: Trainer) -> Callable[[Any], Any]:
     if not looks or type(precision).unscale_gradients is Precision.unscale_gradients:
         return no_op
     return precision.unscale_gradients
+
+
+def guards(trainer: Trainer, loop: FitLoop) -> list[Any]:
+    """What was asked for to stand around a step, each with ``wrap(loop)`` and ``finish()``."""
+    config, found = trainer._config, list[Any]()
+    if config.on_out_of_memory == "split_batch":
+        from lightning.pytorch.loops.memory import BatchSplitter
+
+        found.append(BatchSplitter(trainer, loop))
+    if config.on_nonfinite is not None:
+        from lightning.pytorch.loops.finite import FiniteWatch
+
+        found.append(FiniteWatch(trainer, loop, config.on_nonfinite))
+    return found
+
+
+@contextmanager
+def guarded(guards: list[Any]) -> Iterator[None]:
+    """A context for the run; in the end each guard says what it has to, also where the run fails."""
+    try:
+        yield
+    except BaseException:
+        for guard in guards:
+            with suppress(Exception):  # the error that ended the run is what counts
+                guard.finish()
+        raise
+    for guard in guards:
+        guard.finish()
 
 
 def detach_outputs(outputs: Any) -> Any:

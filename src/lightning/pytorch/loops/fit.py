@@ -85,7 +85,7 @@ class FitLoop:
         run_epoch = bind.profiled(self.trainer, self.run_epoch, "run_training_epoch")
         self.log_step = max(p.stepped - 1, 0)
         metrics.restart_flush(p.stepped)
-        with torch.enable_grad(), metrics.collecting(self.entries):
+        with torch.enable_grad(), metrics.collecting(self.entries), bind.guarded(self.guards):
             hooks.on_train_start()
             self.refresh()
             while not self.finished():
@@ -392,6 +392,7 @@ class FitLoop:
         self.val_every_n_epoch = config.check_val_every_n_epoch
         self.val_seconds = config.val_check_seconds
         self.validated_at = time.monotonic()
+        self.guards = bind.guards(trainer, self)
         self.bind_overrides()
 
     def bind_overrides(self) -> None:
@@ -410,6 +411,8 @@ class FitLoop:
             self.zero_grad = bind.zero_grad(trainer, self)
             self.frees_early = self.hooks.on_before_zero_grad is no_op and bind.zeroes_plainly(trainer)
             self.clip = bind.clip(trainer)
+        for guard in self.guards:
+            guard.wrap(self)
 
     def refresh(self) -> None:
         """Follow the callbacks that came or went in mid-run, and the hooks that were set on the module."""

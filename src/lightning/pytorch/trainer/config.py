@@ -65,6 +65,8 @@ class TrainerConfig:
     default_root_dir: str
     use_distributed_sampler: bool
     uneven_inputs: str
+    on_nonfinite: str | None
+    on_out_of_memory: str
 
 
 def refuse_barebones_conflicts(given: dict[str, Any]) -> None:
@@ -271,6 +273,18 @@ def _uneven(name: str, value: Any) -> str:
     return str(value)
 
 
+def _on_nonfinite(name: str, value: Any) -> str | None:
+    if value not in (None, "error", "warn", "skip"):
+        raise MisconfigurationException(f"{name}={value!r}: accepted are 'error', 'warn', 'skip', or None for no check.")
+    return None if value is None else str(value)
+
+
+def _on_out_of_memory(name: str, value: Any) -> str:
+    if value not in ("raise", "split_batch"):
+        raise MisconfigurationException(f"{name}={value!r}: accepted are 'raise' and 'split_batch'.")
+    return str(value)
+
+
 def _root_dir(name: str, value: Any) -> str:
     if value is None:
         return os.getcwd()
@@ -304,6 +318,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "reload_dataloaders_every_n_epochs": partial(_count, lowest=0),
     "default_root_dir": _root_dir,
     "uneven_inputs": _uneven,
+    "on_nonfinite": _on_nonfinite,
+    "on_out_of_memory": _on_out_of_memory,
 }
 
 

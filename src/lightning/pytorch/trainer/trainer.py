@@ -88,6 +88,13 @@ class Trainer(TrainerAttributes):
         uneven_inputs: what happens if processes have different numbers of training batches. ``"error"``: an error in all of them.
             ``"shortest"``: an epoch ends with the first that runs out. ``"join"``: it ends with the last; the others keep in step with
             a batch that counts nothing.
+        on_nonfinite: what happens when a loss, or a gradient before its step, is infinite or no number. ``"error"``: an error before that
+            step, which names epoch, batch, and the first module whose output was not finite, or the gradient. ``"warn"``: a warning at
+            the first one, and a count at the end. ``"skip"``: the update is left out, weights and optimizer stay as they are. None:
+            nobody looks. See docs/numerics.md.
+        on_out_of_memory: what happens when forward or backward of a training batch needs more memory than there is. ``"raise"``: the
+            error, with the phase, the batch and the largest tensors named. ``"split_batch"``: the batch is run again in halves, quarters
+            and so on, with the gradients of the whole. See docs/numerics.md.
 
     Raises:
         MisconfigurationException: for a value, or a combination, that is not accepted.
@@ -147,6 +154,8 @@ class Trainer(TrainerAttributes):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
         uneven_inputs: Literal["error", "shortest", "join"] = "error",
+        on_nonfinite: Literal["error", "warn", "skip"] | None = None,
+        on_out_of_memory: Literal["raise", "split_batch"] = "raise",
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._config = config = build_config(given)

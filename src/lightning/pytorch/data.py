@@ -18,6 +18,7 @@ from lightning.fabric.utilities.data import (
     suggested_max_num_workers,
 )  # fmt: skip
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.loader_state import ResumableLoader, has_indices
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.core.datamodule import LightningDataModule
@@ -53,16 +54,60 @@ class TrainLoader:
         self.length_is_exact = length_is_exact
         self.length_is_known = combined.batch_count() != UNBOUNDED and not any(map(has_iterable_dataset, combined.flattened))
         self.lockstep: Lockstep | None = None
-        # One plain loader is iterated as it is; several give (batch, batch_idx, dataloader_idx), of which the batch is wanted.
-        single = len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
-        self.iterable: Iterable[Any] = combined.flattened[0] if single else _Batches(combined)
+        self.rest_from: Position | None = None  # where another number of processes left the epoch of which this is the rest
+        self.done = 0  # batches of the epoch before that rest
+        self.parts = [ResumableLoader(loader, looks_ahead=not length_is_exact) for loader in combined.flattened]
+        self.side_by_side: CombinedLoader | None = None
+        if len(self.parts) == 1 and combined.iterables is combined.flattened[0]:
+            self.iterable: Iterable[Any] = self.parts[0]
+        else:  # of (batch, batch_idx, dataloader_idx) the batch is wanted
+            self.side_by_side = copy.copy(combined)
+            self.side_by_side.flattened = self.parts
+            self.iterable = _Batches(self.side_by_side)
 
     @classmethod
-    def continued(cls, loader: Any, done: int) -> TrainLoader:
+    def continued(cls, loader: Any, done: int, position: Position) -> TrainLoader:
         """The rest of an epoch, ``done`` batches of which are done."""
         rest = cls(CombinedLoader(loader, "max_size_cycle"), done + len(loader), True)
-        rest.iterable = Continued(loader, done)
+        rest.iterable, rest.rest_from, rest.done = Continued(loader, done), position, done
         return rest
+
+    # ---- where it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def passes_over(self) -> int:
+        """The number of batches with which the next pass does not begin, since a resumed run was given them before."""
+        if self.side_by_side is None:
+            return self.parts[0].passes_over
+        return self.side_by_side.passes_over
+
+    def state_dict(self, batches: int | None) -> dict[str, Any] | None:
+        """Where this process is in its data; None if that can't be said exactly.
+
+        Args:
+            batches: how many of this pass are used; None between two passes.
+        """
+        if self.rest_from is not None:  # whoever goes on from it shares out the samples that are left
+            return None
+        if batches is None:
+            return {"between": [part.state_dict(over=True) for part in self.parts]}
+        if self.side_by_side is None:
+            return {"within": self.parts[0].state_dict(batches)}
+        return {"side_by_side": self.side_by_side.state_dict()} if self.length_is_exact else None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass begin where :meth:`state_dict` was called; warns of what is not as it was then."""
+        if len(state.get("between", ())) == len(self.parts):
+            for part, saved in zip(self.parts, state["between"]):
+                part.load_state_dict(saved)
+        elif "within" in state and self.side_by_side is None:
+            self.parts[0].load_state_dict(state["within"])
+        elif "side_by_side" in state and self.side_by_side is not None:
+            self.side_by_side.load_state_dict(state["side_by_side"])
+        else:
+            rank_zero_warn("The checkpoint was saved with another number of training loaders: the data do not go on where they were.")
+
+    # ---- several processes ------------------------------------------------------------------------------------------
 
     def agree(self, policy: str) -> None:
         """Agree with the other processes, of which there are some, on the number of batches; all of them must call it.
@@ -106,12 +151,22 @@ class EvalLoaders:
         given: what the user gave, for ``trainer.val_dataloaders`` and its like.
         loaders: the flat list.
         num_batches: batches to take from each, infinity if unknown.
+        of_all: the same of every process by rank, or of one, where they don't differ.
     """
 
-    def __init__(self, given: Any, loaders: list[Any], num_batches: list[float]) -> None:
+    def __init__(self, given: Any, loaders: list[Any], num_batches: list[float], of_all: list[list[float]]) -> None:
         self.given = given
         self.loaders = loaders
         self.num_batches = num_batches
+        self.of_all = of_all
+        self.sources = loaders  # what is iterated
+        self.keepers: list[ResumableLoader | None] = []
+
+    def keep_places(self) -> None:
+        """Keep what the next pass over the loaders depends on: the state of their own generators, and of workers that stay."""
+        self.keepers = [ResumableLoader(loader) if has_indices(loader) else None for loader in self.loaders]
+        pairs = zip(self.keepers, self.loaders)
+        self.sources = [keeper if keeper is not None and keeper.stays else loader for keeper, loader in pairs]
 
 
 class RunData:
@@ -159,9 +214,9 @@ class RunData:
 
     def rest_of_epoch(self, saved: Position) -> None:
         """Go on in an epoch that was begun by another number of processes, where the data are now shared out differently."""
-        loop, replicas = self.trainer.fit_loop, self.replicas
-        count, rank = replicas
-        if saved["replicas"] == count:
+        loop = self.trainer.fit_loop
+        count, rank = self.replicas
+        if saved["replicas"] == count and not saved.get("rest"):
             return
         rest = rest_of(self.train(), saved, loop.progress.epoch, count, rank)
         if rest is None:
@@ -176,6 +231,19 @@ class RunData:
         """How many processes share the training data, and which of them this one is."""
         known = self.trainer.strategy.distributed_sampler_kwargs
         return (known["num_replicas"], known["rank"]) if known else (1, 0)
+
+    def validation_state(self) -> list[Any]:
+        """What the next validation depends on in its loaders."""
+        keepers = self.loaded["val"].keepers if "val" in self.loaded else []
+        return [None if keeper is None else keeper.state_dict(over=True) for keeper in keepers]
+
+    def load_validation_state(self, states: list[Any]) -> None:
+        """Take over what :meth:`validation_state` returned; nothing if there are other loaders now."""
+        keepers = self.loaded["val"].keepers if "val" in self.loaded else []
+        if len(keepers) == len(states):
+            for keeper, state in zip(keepers, states):
+                if state is not None and keeper is not None:
+                    keeper.load_state_dict(state)
 
     def reload_val_if_due(self, epoch: int) -> None:
         """The same for validation inside fit."""
@@ -206,10 +274,10 @@ class RunData:
             _check_iterable(loader, self._asked_what("train"))
             self._warn_of_few_workers(loader, "train")
             seed_workers(loader, strategy.global_rank)
-        length = combined.batch_count()
-        if config.limit_train_batches != 0 and self._is_empty(length):
+        lengths = self._everywhere(combined.batch_count())
+        if config.limit_train_batches != 0 and not any(lengths):
             raise MisconfigurationException(f"{self._asked_what('train')} gave a loader of length 0: there is nothing to train on.")
-        num_batches = limited(length, config.limit_train_batches, "limit_train_batches")
+        num_batches = limited_everywhere(lengths, config.limit_train_batches, "limit_train_batches")[self._rank_among(lengths)]
         self._warn_of_interval(num_batches)
         loader = TrainLoader(combined, num_batches, all(_length_is_exact(each) for each in combined.flattened))
         if strategy.world_size > 1:
@@ -226,12 +294,12 @@ class RunData:
         shuffle = False if config.overfit_batches > 0 else None
         return distribute(loader, **strategy.distributed_sampler_kwargs, training=stage == "train", shuffle=shuffle)
 
-    def _is_empty(self, length: float | None) -> bool:
-        """Whether no process has any batch; where there are several, one of them may have none."""
-        strategy = self.trainer.strategy
-        if strategy.world_size > 1:
-            return not strategy.reduce_boolean_decision(length != 0, all=False)
-        return length == 0
+    def _everywhere(self, lengths: Any) -> list[Any]:
+        """The same of all processes, by rank; of one of them where they don't differ. All have to come here."""
+        return self.trainer.strategy.compare({"lengths": repr(lengths)}, lengths) or [lengths]
+
+    def _rank_among(self, values: list[Any]) -> int:
+        return self.trainer.strategy.global_rank if len(values) > 1 else 0
 
     def _warn_of_interval(self, num_batches: float) -> None:
         every = self.trainer._config.log_every_n_steps
@@ -264,6 +332,8 @@ class RunData:
             if stage == "val":
                 self.val_epoch = self.trainer.current_epoch
             self.loaded[stage] = self._load_evaluation(stage)
+            if self.trainer.state.fn == "fit":
+                self.loaded[stage].keep_places()
             self.counts[stage] = self.loaded[stage].num_batches
         return self.loaded[stage]  # type: ignore[no-any-return]
 
@@ -279,13 +349,19 @@ class RunData:
         # Loaders side by side count as one loader, whose batches are combinations.
         loaders: list[Any] = combined.flattened if combined.mode == "sequential" else [_Sized(combined)]
         limit = getattr(config, f"limit_{stage}_batches")
-        counts: list[float] = []
-        for loader in loaders:
-            length = sized_len(loader)
-            if limit != 0 and self._is_empty(length):
+        lengths = self._everywhere([UNBOUNDED if length is None else length for length in map(sized_len, loaders)])
+        if len({len(each) for each in lengths}) > 1:
+            raise MisconfigurationException(
+                f"{self._asked_what(stage)} gave different numbers of loaders: "
+                f"{', '.join(f'{len(each)} on rank {rank}' for rank, each in enumerate(lengths))}. Give each process as many."
+            )
+        of_all: list[list[float]] = [[] for _ in lengths]
+        for those in zip(*lengths):
+            if limit != 0 and not any(those):
                 raise MisconfigurationException(f"{self._asked_what(stage)} gave a loader of length 0: there is nothing to run on.")
-            counts.append(limited(UNBOUNDED if length is None else length, limit, f"limit_{stage}_batches"))
-        return EvalLoaders(asked, loaders, counts)
+            for counts, count in zip(of_all, limited_everywhere(those, limit, f"limit_{stage}_batches")):
+                counts.append(count)
+        return EvalLoaders(asked, loaders, of_all[self._rank_among(of_all)], of_all)
 
     def _prepared(self, loader: Any, stage: str) -> Any:
         """A loader for evaluation as this process needs it."""
@@ -366,7 +442,9 @@ def _length_is_exact(loader: Any) -> bool:
     """Whether ``len`` cannot be wrong: of a sequence, or where samplers of torch draw from a dataset with indices."""
     if not isinstance(loader, DataLoader):
         return isinstance(loader, Sequence)
-    if has_iterable_dataset(loader) or type(loader).__iter__ is not DataLoader.__iter__:
+    if has_iterable_dataset(loader):
+        return False
+    if type(loader).__iter__ is not DataLoader.__iter__ and not type(loader).__module__.startswith("torchdata."):
         return False
     return all(
         each is None or isinstance(each, Sequence) or type(each).__module__.startswith("torch.")
@@ -409,6 +487,21 @@ def limited(length: float, limit: float, name: str) -> float:
     if batches == 0:
         raise MisconfigurationException(f"{name}={limit} of {length} batches is less than one batch: give at least {1 / length}.")
     return batches
+
+
+def limited_everywhere(lengths: Sequence[float], limit: float, name: str) -> list[float]:
+    """:func:`limited` for each of several processes, by rank.
+
+    Raises:
+        MisconfigurationException: if it raises for one of them, which is named: all processes fail, and none waits for another.
+    """
+    counts = []
+    for rank, length in enumerate(lengths):
+        try:
+            counts.append(limited(length, limit, name))
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"{error} It is so on rank {rank}." if len(lengths) > 1 else str(error)) from None
+    return counts
 
 
 def check_given(stage: str, loaders: Any, datamodule: Any) -> None:

@@ -209,7 +209,11 @@ class ParallelStrategy(Strategy):
     # A process that fails speaks for itself alone: nobody would answer.
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor if self.failing else collectives.reduce(tensor, reduce_op, group)
+        if self.failing:
+            return tensor
+        if self.before_gathering is not None and group is None:
+            self.before_gathering(tensor, False)
+        return collectives.reduce(tensor, reduce_op, group)
 
     def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
         """Reduce many values, each with those of the same name; see :func:`lightning.fabric.collectives.reduce_named`."""
@@ -226,7 +230,14 @@ class ParallelStrategy(Strategy):
         """
         if self.failing:
             raise RuntimeError("This process has failed, so it can't gather anything from the others any more.")
+        if self.before_gathering is not None and group is None:
+            self.before_gathering(tensor, True)
         return collectives.all_gather(tensor, group, sync_grads)
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        if self.failing:
+            return [obj if rank == self.global_rank else None for rank in range(self.world_size)]
+        return collectives.gather_object(obj)
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return obj if self.failing else collectives.broadcast(obj, src)

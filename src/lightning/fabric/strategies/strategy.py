@@ -38,6 +38,7 @@ class Strategy:
     launcher: Any = None  # starts the processes; None where there is one, or something else has started them
     is_distributed = False  # whether there may be other processes to talk to
     forward_is_collective = False  # whether a forward pass needs every process, as where weights are sharded
+    before_gathering: Callable[[Tensor, bool], None] | None = None  # looks at what is gathered from, or reduced over, all processes
     restore_checkpoint_after_setup = False  # whether weights are restored after module and optimizers were set up, not before
 
     def __init__(
@@ -309,6 +310,13 @@ class Strategy:
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather a tensor from all processes."""
         return tensor
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """The objects of all processes, in the order of their ranks; all of them must call it.
+
+        A process that fails asks nobody, and has None in the places of the others.
+        """
+        return [obj]
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         """Return the object of process ``src`` on every process."""

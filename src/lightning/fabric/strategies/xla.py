@@ -227,7 +227,11 @@ class XLAStrategy(XLADeviceStrategy, ParallelStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce a tensor over all processes."""
         self._refuse_group(group)
-        return tensor if self.world_size == 1 else xla_collectives.reduce(tensor, reduce_op)
+        if self.world_size == 1:
+            return tensor
+        if self.before_gathering is not None:
+            self.before_gathering(tensor, False)
+        return xla_collectives.reduce(tensor, reduce_op)
 
     def reduce_named(self, values: Mapping[str, tuple[Tensor, str]], group: Any = None) -> dict[str, Tensor]:
         """Reduce many values, each with those of the same name."""
@@ -239,7 +243,14 @@ class XLAStrategy(XLADeviceStrategy, ParallelStrategy):
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         self._refuse_group(group)
-        return tensor if self.world_size == 1 else xla_collectives.all_gather(tensor, sync_grads)
+        if self.world_size == 1:
+            return tensor
+        if self.before_gathering is not None:
+            self.before_gathering(tensor, True)
+        return xla_collectives.all_gather(tensor, sync_grads)
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        return [obj] if self.world_size == 1 else xla_collectives.gather_object(obj)
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return obj if self.world_size == 1 else xla_collectives.broadcast(obj, src)

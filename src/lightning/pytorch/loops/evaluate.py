@@ -17,6 +17,7 @@ from lightning.pytorch.data import set_epoch
 from lightning.pytorch.dispatch import no_op, override_of, scoped
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.batches import parameters_of
+from lightning.pytorch.loops.gathering import Gathering
 from lightning.pytorch.metric_entry import Entry, is_metric
 from lightning.pytorch.reduction import warn_of_local_values
 from lightning.pytorch.trainer.states import RunningStage
@@ -88,11 +89,12 @@ class EvaluationLoop:
             self.bind()
             trainer.strategy.sync_buffers()
             set_epoch(self.loaders.loaders, trainer.current_epoch)
-            with metrics.collecting(self.entries), self.evaluation_mode():
+            gathering = Gathering(trainer, name, self.loaders, self.limit)
+            with metrics.collecting(self.entries), self.evaluation_mode(), gathering:
                 getattr(hooks, f"on_{name}_start")()
                 getattr(hooks, f"on_{name}_epoch_start")()
-                for index, loader in enumerate(self.loaders.loaders):
-                    self.run_loader(index, loader)
+                for index, source in gathering.over(self.loaders.sources):
+                    self.run_loader(index, source)
                 metrics.batch, metrics.dataloader_idx = None, None
                 finishing()
                 metrics.close_epoch()
@@ -141,7 +143,8 @@ class EvaluationLoop:
             if signals is not None and signals.pending:
                 signals.heed(self.trainer.fit_loop.progress.total_batches, metrics.serial)
         if seen[index] == before:
-            rank_zero_warn(f"The {self.source} loader number {index}, a {type(loader).__name__}, gave no batch: nothing was computed.")
+            kind = type(self.loaders.loaders[index]).__name__  # type: ignore[union-attr]
+            rank_zero_warn(f"The {self.source} loader number {index}, a {kind}, gave no batch: nothing was computed.")
 
     # ---- around the batches -------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks.prediction_writer import BasePredictionWriter
 from lightning.pytorch.loops import bind
 from lightning.pytorch.loops.evaluate import metrics_held, no_gradients, restore_modes, taken, takes_batch_idx
+from lightning.pytorch.loops.gathering import Gathering
 from lightning.pytorch.trainer.states import RunningStage
 
 if TYPE_CHECKING:
@@ -70,12 +71,13 @@ class PredictionLoop:
             modes = {submodule: submodule.training for submodule in module.modules()}
             module.on_predict_model_eval()
             try:
-                hooks.on_predict_start()
-                hooks.on_predict_epoch_start()
-                for index, loader in enumerate(self.loaders.loaders):
-                    self.run_loader(index, loader)
-                hooks.on_predict_epoch_end()
-                hooks.on_predict_end()
+                with Gathering(trainer, "predict", self.loaders) as gathering:
+                    hooks.on_predict_start()
+                    hooks.on_predict_epoch_start()
+                    for index, loader in gathering.over(self.loaders.loaders):
+                        self.run_loader(index, loader)
+                    hooks.on_predict_epoch_end()
+                    hooks.on_predict_end()
             finally:
                 restore_modes(modes)
         return self.predictions if self.return_predictions else None

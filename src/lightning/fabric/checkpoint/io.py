@@ -430,6 +430,7 @@ class CheckpointIO(ABC):
     """
 
     troubled = False  # whether poll() has something to say: the Trainer looks at it after each batch
+    retries = False  # whether a save that fails is tried again later, instead of raising its error
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:

@@ -6,10 +6,11 @@ import logging
 import os
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.checkpoint.io import replace
-from lightning.fabric.checkpoint.temporary import temporary_name
+from lightning.fabric import collectives
+from lightning.fabric.checkpoint.io import check_writable, replace
+from lightning.fabric.checkpoint.temporary import sweep, temporary_name
 from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
 
 if TYPE_CHECKING:
@@ -102,6 +103,18 @@ def link(target: Path, path: Path) -> bool:
     return True
 
 
+def link_to_saved(target: str, path: str) -> bool:
+    """The same for local paths, if ``target`` has been saved by now; returns whether it has.
+
+    Raises:
+        OSError: if it was not possible.
+    """
+    if not os.path.exists(target):
+        return False
+    make_link(target, path)
+    return True
+
+
 def make_link(target: str, path: str) -> None:
     """The same for local paths.
 
@@ -118,3 +131,30 @@ def make_link(target: str, path: str) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def prepare_folder(trainer: pl.Trainer, folder: Path) -> None:
+    """Find out before the first step whether checkpoints can be written to a folder, and remove what dead processes left there.
+
+    Rank 0 looks, or each process where all of them write.
+
+    Raises:
+        OSError: in all processes, if any of them can't write there.
+    """
+    strategy = trainer.strategy
+    local = local_path(folder)
+    if local is None:
+        return
+    problem: tuple[Any, ...] | None = None
+    if trainer.is_global_zero or getattr(strategy, "saves_directories", False):
+        try:
+            check_writable(local)
+        except OSError as error:
+            problem = (type(error), error.errno, error.strerror, error.filename)
+    found = collectives.gather_object(problem) if strategy.world_size > 1 else [problem]
+    for rank, told in enumerate(found):
+        if told is not None:
+            kind, number, text, name = told
+            raise kind(number, text if strategy.world_size == 1 else f"{text} (on rank {rank})", name)
+    if trainer.is_global_zero:
+        sweep(local)

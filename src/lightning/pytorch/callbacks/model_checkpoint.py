@@ -14,8 +14,6 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from lightning.fabric.checkpoint.io import check_writable
-from lightning.fabric.checkpoint.temporary import sweep
 from lightning.fabric.utilities.cloud_io import join_path, local_path, replacing
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -24,6 +22,7 @@ from lightning.pytorch.callbacks import checkpoint_names as names
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.callbacks.checkpoint_schedule import Schedule, refuse
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.finite import looked_at, nonfinite_parameter
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -45,8 +44,9 @@ class ModelCheckpoint(Checkpoint):
     A checkpoint chosen by ``monitor`` holds the very weights on which that metric was measured: a save that falls due when the
     metric is of older weights, or just before a validation run, is put off to the end of the validation run or epoch at which a value
     of the current weights is there. The books (``best_k_models``, ``best_model_path``, ...) change, and files that dropped out are
-    removed, only once the new file is complete; a save that fails raises. Nothing is saved by ``fast_dev_run``, in the sanity check, or
-    outside of ``fit``.
+    removed, only once the new file is complete; a save that fails raises, unless ``Trainer(on_save_error="retry")`` says otherwise.
+    Weights that hold NaN or infinity are not saved: what was saved before stays, and a warning names the first such parameter. Nothing is
+    saved by ``fast_dev_run``, in the sanity check, or outside of ``fit``.
 
     In a run of several processes the metrics of rank 0 decide for all; log with ``sync_dist=True`` what shall be of all data.
 
@@ -143,6 +143,7 @@ class ModelCheckpoint(Checkpoint):
         self._validated_step: int | None = None  # the global step of the latest validation run
         self._last_global_step_saved = 0
         self._last_checkpoint_saved = ""  # what `last` may link to
+        self._told_of_nonfinite = False
         self._forget_run(global_step=0)
 
     def _check_arguments(self) -> None:
@@ -246,10 +247,10 @@ class ModelCheckpoint(Checkpoint):
         """Decide where the files go."""
         self._first_step = None
         self.dirpath = trainer.strategy.broadcast(self.dirpath or files.folder_of_run(trainer))
+        self._told_of_nonfinite = False
         saves = stage == TrainerFn.FITTING and not trainer.fast_dev_run
-        if saves and trainer.is_global_zero and (local := local_path(self.dirpath)) is not None:
-            check_writable(local)
-            sweep(local)
+        if saves:
+            files.prepare_folder(trainer, self.dirpath)
         may_collide = saves and self.save_top_k != 0
         if may_collide and trainer.is_global_zero and files.holds_files(self.dirpath):
             then = "gets a version" if self._enable_version_counter else "is overwritten"
@@ -302,6 +303,8 @@ class ModelCheckpoint(Checkpoint):
         if not self.save_on_exception or self._first_step is None or nothing_new or self._inactive(trainer):
             return
         try:
+            if not self._finite(trainer):
+                return
             metrics = self._metrics(trainer)
             path = self._free_path(trainer, metrics)
             self._save(trainer, path)
@@ -309,7 +312,7 @@ class ModelCheckpoint(Checkpoint):
             self._notify(trainer)
             log.info("%s ended training at global step %d; its state is saved at %s.", type(exception).__name__, trainer.global_step, path)
             if self.save_last:
-                self._save_last(trainer, metrics)
+                self._save_last(trainer, metrics, looked=True)
         except Exception:
             # Logged, not warned: under `-W error` a warning would take the place of the exception that ended the run.
             log.exception("The state of the interrupted run could not be saved.")
@@ -420,7 +423,11 @@ class ModelCheckpoint(Checkpoint):
         """Save a checkpoint, then ``last``, and remove what dropped out; returns whether there was a reason to."""
         if self.save_top_k == 0:
             return False
+        if trainer.strategy.checkpoint_io.retries:
+            self._forget_given_up(trainer)
         if self.monitor is None:
+            if not self._finite(trainer):
+                return False
             dropped = self._save_latest(trainer, metrics)
         else:
             score = _on_cpu(metrics[self.monitor])
@@ -428,15 +435,43 @@ class ModelCheckpoint(Checkpoint):
             if not self.check_monitor_top_k(trainer, score):
                 self._say(f"{event} is not among the best {self.save_top_k}.")
                 return False
+            if not self._finite(trainer):
+                return False
             dropped = self._save_ranked(trainer, metrics, self._worst if torch.isnan(score) else score)
             self._say(f"{event}, saved at {self._last_checkpoint_saved!r}.")
         if self.save_last == "link":  # before the file goes to which the link points
-            self._save_last(trainer, metrics)
+            self._save_last(trainer, metrics, looked=True)
         if dropped:
             self._remove(trainer, dropped, self._last_checkpoint_saved)
         if self.save_last and self.save_last != "link":
-            self._save_last(trainer, metrics)
+            self._save_last(trainer, metrics, looked=True)
         return True
+
+    def _finite(self, trainer: pl.Trainer) -> bool:
+        """Whether the weights are numbers. If not, nothing is saved by itself: it would take the place of what is still of use."""
+        name = nonfinite_parameter(trainer)
+        if name is not None and not self._told_of_nonfinite:
+            self._told_of_nonfinite = True
+            message = (
+                f"The parameter {name!r} holds NaN or infinity at global step {trainer.global_step}, so ModelCheckpoint saves nothing as "
+                "long as that is so; what was saved before stays. `trainer.save_checkpoint` saves such weights."
+            )
+            rank_zero_warn(message)
+        return name is None
+
+    def _forget_given_up(self, trainer: pl.Trainer) -> None:
+        """Take out of the books what could not be saved, and was given up for a newer checkpoint."""
+        known = [path for path in (*self.best_k_models, self.last_model_path) if path]
+        gone = _of_rank_0(trainer, [path for path in known if not self._taken(trainer, path)] if trainer.is_global_zero else [])
+        if any(path in self.best_k_models for path in gone):
+            books = {path: score for path, score in self.best_k_models.items() if path not in gone}
+            if books:
+                self._rank(books)
+            else:
+                self.best_k_models, self.best_model_path, self.best_model_score = {}, "", None
+                self.kth_best_model_path, self.kth_value = "", self._worst
+        if self.last_model_path in gone:
+            self.last_model_path = ""
 
     def _save_latest(self, trainer: pl.Trainer, metrics: dict[str, Tensor]) -> str:
         """Save without a ranking; returns the path that is to go."""
@@ -463,7 +498,9 @@ class ModelCheckpoint(Checkpoint):
         self._notify(trainer)
         return dropped
 
-    def _save_last(self, trainer: pl.Trainer, metrics: dict[str, Tensor]) -> None:
+    def _save_last(self, trainer: pl.Trainer, metrics: dict[str, Tensor], looked: bool = False) -> None:
+        if not looked and not self._finite(trainer):
+            return
         former = self.last_model_path
         path = self._free_path(trainer, metrics, own=former, template=self.CHECKPOINT_NAME_LAST)
         with self._unchanged_on_error():
@@ -475,7 +512,8 @@ class ModelCheckpoint(Checkpoint):
             self._remove(trainer, former, path)
 
     def _save(self, trainer: pl.Trainer, path: str) -> None:
-        trainer.save_checkpoint(path, self.save_weights_only)
+        with looked_at():
+            trainer.save_checkpoint(path, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
 
     def _link(self, trainer: pl.Trainer, path: str) -> bool:
@@ -484,7 +522,7 @@ class ModelCheckpoint(Checkpoint):
         local, local_target = local_path(path), local_path(target)
         if trainer.is_global_zero and target and writer.is_pending(target) and local is not None and local_target is not None:
             # A link to a file that is not there yet, in place of one to a file that is, would be the end of a run killed now.
-            writer.after_saves(path, partial(files.make_link, local_target, local))
+            writer.after_saves(path, partial(files.link_to_saved, local_target, local))
             return _of_rank_0(trainer, True)
         return bool(target and _of_rank_0(trainer, trainer.is_global_zero and files.link(target, path)))
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.cloud_io import join_path
 from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.finite import looked_at, nonfinite_parameter
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -21,7 +23,7 @@ class OnExceptionCheckpoint(Checkpoint):
 
     The exception goes on as if nothing had been saved; a failure to save is logged and never takes its place. The file is
     removed once a later ``fit`` that resumed from it has ended well. Nothing is saved by ``fast_dev_run``, in the sanity check, or
-    outside of ``fit``.
+    outside of ``fit``, nor where weights hold NaN or infinity.
 
     Args:
         dirpath: the folder of the file, local or remote.
@@ -51,8 +53,10 @@ class OnExceptionCheckpoint(Checkpoint):
         return join_path(self.dirpath, self.filename + self.FILE_EXTENSION)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run; find out whether the file could be written, as far as that can be known."""
         self._training = False
+        if stage == TrainerFn.FITTING and not trainer.fast_dev_run:
+            files.prepare_folder(trainer, self.dirpath)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is something to save."""
@@ -64,7 +68,12 @@ class OnExceptionCheckpoint(Checkpoint):
         if not training:
             return
         try:
-            trainer.save_checkpoint(self.ckpt_path)
+            name = nonfinite_parameter(trainer)
+            if name is not None:
+                log.warning("The parameter %r holds NaN or infinity, so the state of the interrupted run is not saved.", name)
+                return
+            with looked_at():
+                trainer.save_checkpoint(self.ckpt_path)
         except Exception:
             # Logged, not warned: under `-W error` a warning would take the place of the exception that ended the run.
             log.exception("No checkpoint of the interrupted run could be saved at %s.", self.ckpt_path)

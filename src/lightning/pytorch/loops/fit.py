@@ -106,6 +106,7 @@ class FitLoop:
             if trainer.should_stop and self.done():
                 p.next = Next.EPOCH_END  # without a batch
         self.accumulate, last_step, signals = trainer.accumulate_grad_batches, self.last_step, trainer._signals
+        saves = trainer.strategy.checkpoint_io
         assert signals is not None
         if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
             self.catch_up()
@@ -132,6 +133,8 @@ class FitLoop:
                 self.validate()
             if signals.pending:
                 signals.heed(p.total_batches, metrics.serial)
+            if saves.troubled:
+                saves.poll()
             if self.updates:
                 self.schedulers.step_plateau_batch()
                 if (trainer.should_stop or p.global_step >= last_step) and self.done():

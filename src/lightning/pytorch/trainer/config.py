@@ -25,7 +25,7 @@ BAREBONES_CONFLICTS = (
 SWITCHES = {
     "enable_checkpointing": True, "enable_progress_bar": True, "enable_model_summary": True, "benchmark": True,
     "inference_mode": False, "use_distributed_sampler": False, "detect_anomaly": False, "barebones": False,
-    "sync_batchnorm": False, "enable_autolog_hparams": False,
+    "sync_batchnorm": False, "enable_autolog_hparams": False, "async_checkpointing": False,
 }  # fmt: skip
 
 
@@ -64,6 +64,8 @@ class TrainerConfig:
     reload_dataloaders_every_n_epochs: int
     default_root_dir: str
     use_distributed_sampler: bool
+    async_checkpointing: bool
+    on_save_error: str
     uneven_inputs: str
     on_nonfinite: str | None
     on_out_of_memory: str
@@ -267,6 +269,12 @@ def _deterministic(name: str, value: Any) -> bool | str | None:
     return value if value in (None, "warn") else bool(value)
 
 
+def _on_save_error(name: str, value: Any) -> str:
+    if value not in ("raise", "retry"):
+        raise MisconfigurationException(f"{name}={value!r}: accepted are 'raise' and 'retry'.")
+    return str(value)
+
+
 def _uneven(name: str, value: Any) -> str:
     if value not in ("error", "shortest", "join"):
         raise MisconfigurationException(f"{name}={value!r}: accepted are 'error', 'shortest' and 'join'.")
@@ -318,6 +326,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "reload_dataloaders_every_n_epochs": partial(_count, lowest=0),
     "default_root_dir": _root_dir,
     "uneven_inputs": _uneven,
+    "on_save_error": _on_save_error,
     "on_nonfinite": _on_nonfinite,
     "on_out_of_memory": _on_out_of_memory,
 }

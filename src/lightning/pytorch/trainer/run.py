@@ -235,6 +235,7 @@ def finish(trainer: Trainer) -> None:
         trainer._hooks.on_fit_end()
     stop_listening(trainer)
     call_stage_hooks(trainer, "teardown")
+    trainer.strategy.checkpoint_io.wait()
     trainer._metrics.settle()
     for logger in trainer.loggers:
         logger.finalize("success")

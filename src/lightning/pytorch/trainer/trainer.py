@@ -15,7 +15,7 @@ from lightning.pytorch.loops.fit import FitLoop
 from lightning.pytorch.loops.predict import PredictionLoop
 from lightning.pytorch.loops.results import print_results
 from lightning.pytorch.metrics import Metrics
-from lightning.pytorch.trainer import checks, parts
+from lightning.pytorch.trainer import checks, parts, saving
 from lightning.pytorch.trainer.arguments import only_known
 from lightning.pytorch.trainer.attributes import TrainerAttributes
 from lightning.pytorch.trainer.config import build_config
@@ -88,6 +88,12 @@ class Trainer(TrainerAttributes):
         uneven_inputs: what happens if processes have different numbers of training batches. ``"error"``: an error in all of them.
             ``"shortest"``: an epoch ends with the first that runs out. ``"join"``: it ends with the last; the others keep in step with
             a batch that counts nothing.
+        async_checkpointing: copy each checkpoint to the memory of the host, and write it while training goes on; the same as
+            ``plugins=[AsyncCheckpointIO()]``. An error of such a save is raised after the next batch, and ``fit`` returns when the last
+            one is on the disk.
+        on_save_error: what happens when a checkpoint can't be written (OSError). ``"raise"``: the error. ``"retry"``: a warning; training
+            goes on, and the save is tried again in the background, until it or a newer one succeeds. One that fails to the end of
+            ``fit`` is an error.
         on_nonfinite: what happens when a loss, or a gradient before its step, is infinite or no number. ``"error"``: an error before that
             step, which names epoch, batch, and the first module whose output was not finite, or the gradient. ``"warn"``: a warning at
             the first one, and a count at the end. ``"skip"``: the update is left out, weights and optimizer stay as they are. None:
@@ -154,12 +160,15 @@ class Trainer(TrainerAttributes):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
         uneven_inputs: Literal["error", "shortest", "join"] = "error",
+        async_checkpointing: bool = False,
+        on_save_error: Literal["raise", "retry"] = "raise",
         on_nonfinite: Literal["error", "warn", "skip"] | None = None,
         on_out_of_memory: Literal["raise", "split_batch"] = "raise",
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._config = config = build_config(given)
         self._runtime = resolve(accelerator, strategy, devices, num_nodes, precision, plugins, sync_batchnorm)
+        saving.equip(self._runtime.strategy, config.async_checkpointing, config.on_save_error)
         self.state = TrainerState()
         self.should_stop = False
         self.accumulate_grad_batches = config.accumulate_grad_batches
@@ -365,10 +374,12 @@ class Trainer(TrainerAttributes):
                 "weights, and not all of them may be there. Continue from the last checkpoint that was saved before."
             )
         with self.profiler.profile("save_checkpoint"):
+            saving.before_save(self)
             checkpoint = compose(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             if not failing:
                 self.strategy.barrier("Trainer.save_checkpoint")
+            saving.after_save(self)
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Generator[None, None, None]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 
@@ -81,9 +83,35 @@ def test_exception_in_validation_alone_leaves_an_earlier_file_alone(prepare: Cal
 
 
 def test_failure_to_save_is_logged_and_hides_nothing(prepare: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").touch()
-    crash(prepare, tmp_path / "file" / "folder")
+    class Blocking(Callback):
+        def on_train_start(self, *args: Any) -> None:
+            (tmp_path / "folder").touch()
+
+    run = prepare([OnExceptionCheckpoint(tmp_path / "folder"), Blocking()], crash_at=6, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="crash"):
+        run.fit()
     assert "No checkpoint of the interrupted run could be saved" in caplog.text
+
+
+def test_folder_that_cannot_be_written_is_an_error_before_the_first_step(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = prepare(OnExceptionCheckpoint(tmp_path / "file" / "folder"), enable_checkpointing=True)
+    with pytest.raises(NotADirectoryError, match="since this is no folder"):
+        run.fit()
+    assert run.trainer.global_step == 0
+
+
+def test_weights_that_are_no_numbers_are_not_saved(prepare: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Spoiling(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            with torch.no_grad():
+                next(iter(pl_module.parameters())).fill_(torch.nan)
+
+    run = prepare([OnExceptionCheckpoint(tmp_path / "folder"), Spoiling()], crash_at=6, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="crash"):
+        run.fit()
+    assert "'weight' holds NaN or infinity, so the state of the interrupted run is not saved" in caplog.text
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.parametrize("ckpt_path", [FILE, "last"])

@@ -38,7 +38,7 @@ from lightning.fabric.checkpoint.classes import (
     module_of,
     pickles_itself,
 )
-from lightning.fabric.checkpoint.kinds import MAX_INT_BITS, STANDARD, TENSOR, Kind, kind_named, special_kind
+from lightning.fabric.checkpoint.kinds import MAX_INT_BITS, STANDARD, TENSOR, Kind, kind_named, listed, special_kind
 from lightning.fabric.checkpoint.placeholders import Opaque, Unresolved
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
@@ -266,7 +266,7 @@ class Decoder(Walker):
         if name == "items":
             return MAPPINGS[obj["type"]](dict(self.value(obj["value"], place)))
         if name == "set":
-            return set(self.value(obj["value"], place))
+            return set(listed(self.value(obj["value"], place)))
         if name == "opaque":
             return Opaque(str(obj["type"]), str(obj["excerpt"]), obj["value"])
         content = self.mapping(obj["value"], place) if name in CLASS_KINDS else self.value(obj["value"], place)

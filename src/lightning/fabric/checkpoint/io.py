@@ -17,6 +17,7 @@ import torch
 
 from lightning.fabric.checkpoint import seal
 from lightning.fabric.checkpoint.format import decode, encode
+from lightning.fabric.checkpoint.pickles import refuse_endless
 from lightning.fabric.checkpoint.seal import ZIP_MAGIC, DamagedCheckpoint, Generation, Sealing
 from lightning.fabric.checkpoint.temporary import REPLACED, temporary_name
 from lightning.fabric.utilities.cloud_io import get_filesystem, local_path
@@ -264,6 +265,8 @@ def load(
                     errno.EISDIR, f"This directory is no checkpoint, or one that was not saved to its end: it has no {sharded.META}", local
                 )
             return sharded.read_sharded(local, map_location, weights_only, verify)
+        if os.path.exists(local) and not os.path.isfile(local):
+            raise DamagedCheckpoint(f"{local!r} is no file, but a device or a pipe, which may have no end. Give the path of a checkpoint.")
         try:
             file = open(local, "rb")  # noqa: SIM115 (closed below, like the remote one)
         except FileNotFoundError:
@@ -319,7 +322,7 @@ def _read(file: IO[bytes], name: str, map_location: MapLocation, trusted: bool, 
         found = seal.verify(file, name, start)
         note_generation(found.generation if found is not None else None)
     if not trusted:
-        seal.refuse_expansion(file, name, start)
+        seal.refuse_bombs(file, name, start)
     if mapped is not None:
         if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
             mapped = None  # the format of old releases can't be mapped
@@ -333,9 +336,12 @@ def _read(file: IO[bytes], name: str, map_location: MapLocation, trusted: bool, 
             raise
         raise problem from error
     try:
+        if not trusted:
+            refuse_endless(content)
         return decode(content, trusted, map_location)
-    except ValueError as error:
-        raise DamagedCheckpoint(f"The checkpoint {name} can't be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DamagedCheckpoint(f"The checkpoint {name} can't be read: {reason}") from error
 
 
 def _explain(error: Exception, file: IO[bytes], start: int, name: str, trusted: bool) -> Exception | None:
@@ -348,8 +354,12 @@ def _explain(error: Exception, file: IO[bytes], start: int, name: str, trusted: 
     cut_off = isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno == errno.EINVAL)
     if cut_off or size == 0 or "PytorchStreamReader" in message or "Invalid magic number" in message:
         return DamagedCheckpoint(f"The checkpoint {name} is incomplete or damaged ({size} bytes). Was it copied completely? ({message})")
-    if trusted or isinstance(error, (RuntimeError, OSError, MemoryError)):
+    if isinstance(error, MemoryError):
+        return MemoryError(f"The checkpoint {name} ({size} bytes) needs more memory than there is.")
+    if trusted or isinstance(error, OSError) or (isinstance(error, RuntimeError) and type(error) is not RuntimeError):
         return None
+    if isinstance(error, RuntimeError):
+        return _explain_runtime_error(message, name)
     if isinstance(error, pickle.UnpicklingError) and (is_archive or "GLOBAL" in message):
         found = re.search(r"GLOBAL (\S+)|unrecognized function (.+?)(?: which|$|\n)|but got (.+)", message)
         what = next((group for group in found.groups() if group), "") if found else ""
@@ -360,9 +370,25 @@ def _explain(error: Exception, file: IO[bytes], start: int, name: str, trusted: 
         )
     if not is_archive or isinstance(error, (LookupError, UnicodeDecodeError)):
         return DamagedCheckpoint(
-            f"The file {name} is not a checkpoint, or damaged ({size} bytes; {type(error).__name__}: {message[:200]})."
+            f"The file {name} is not a checkpoint, or damaged ({size} bytes; {type(error).__name__}: {_first_sentence(message)})."
         )
-    return None
+    return DamagedCheckpoint(
+        f"The checkpoint {name} can't be read ({type(error).__name__}: {_first_sentence(message)}). It was damaged, or made to do harm: "
+        "copy it anew from where it came from, or use the checkpoint before it."
+    )
+
+
+def _explain_runtime_error(message: str, name: str) -> Exception:
+    if "weights_only" in message:  # of a format that can't be read without running what it says
+        return pickle.UnpicklingError(
+            f"The checkpoint {name} can't be read safely: {_first_sentence(message)}. If you trust the source of the file, "
+            "pass weights_only=False."
+        )
+    return RuntimeError(f"The checkpoint {name} can't be read: {message}")
+
+
+def _first_sentence(message: str) -> str:
+    return message.partition("\n")[0].partition(". ")[0].removesuffix(".")[:200]
 
 
 # --- classes in files that other programs wrote ---------------------------------------------------------------------

@@ -92,12 +92,25 @@ def attribute_dict(content: Any) -> Any:
     return AttributeDict(content)
 
 
+def listed(content: Any) -> list[Any]:
+    """The content, which must be a list: to go through a range or a text that a file has put there could take for ever."""
+    if type(content) is not list:
+        raise ValueError(f"a {type(content).__name__} in the place of a list")
+    return content
+
+
+def read_fraction(content: Any) -> fractions.Fraction:
+    if [type(part) for part in listed(content)] != [int, int]:  # from a text, powers of ten would be computed
+        raise ValueError("a fraction is two integers")
+    return fractions.Fraction(*content)
+
+
 STANDARD: dict[type, Kind] = {
     **dict.fromkeys(PATHS, Kind("path", write_path, read_path)),
     int: plain("int", hex, lambda text: int(text, 16)),
-    bytes: plain("bytes", list, lambda c: bytes(list(c))),
-    frozenset: plain("frozenset", list, frozenset),
-    collections.deque: Kind("deque", lambda v: ({"maxlen": v.maxlen}, list(v)), lambda d, c: collections.deque(c, d["maxlen"])),
+    bytes: plain("bytes", list, lambda c: bytes(listed(c))),
+    frozenset: plain("frozenset", list, lambda c: frozenset(listed(c))),
+    collections.deque: Kind("deque", lambda v: ({"maxlen": v.maxlen}, list(v)), lambda d, c: collections.deque(listed(c), d["maxlen"])),
     collections.defaultdict: Kind(
         "defaultdict",
         write_defaultdict,
@@ -107,7 +120,7 @@ STANDARD: dict[type, Kind] = {
     slice: plain("slice", lambda v: [v.start, v.stop, v.step], lambda c: slice(*c)),
     type(...): plain("ellipsis", lambda v: None, lambda c: ...),
     decimal.Decimal: plain("decimal", str, decimal.Decimal),
-    fractions.Fraction: plain("fraction", lambda v: [v.numerator, v.denominator], lambda c: fractions.Fraction(*c)),
+    fractions.Fraction: plain("fraction", lambda v: [v.numerator, v.denominator], read_fraction),
     uuid.UUID: plain("uuid", str, uuid.UUID),
     argparse.Namespace: plain("argparse.Namespace", lambda v: dict(vars(v)), lambda c: argparse.Namespace(**c)),
     types.SimpleNamespace: plain("types.SimpleNamespace", lambda v: dict(vars(v)), lambda c: types.SimpleNamespace(**c)),

@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Generator
 from typing import IO, Any, NamedTuple
 
+from lightning.fabric.checkpoint.pickles import Refused, look_through
+
 VERSION = 1
 MAGIC = b"KRNSEAL1"
 FOOTER = len(MAGIC) + 16  # the magic, the length of the JSON, its checksum
@@ -268,44 +270,93 @@ def broken_records(file: IO[bytes], start: int = 0) -> Generator[str, None, None
                 yield entry.filename
 
 
-def refuse_expansion(file: IO[bytes], name: str, start: int = 0) -> None:
-    """Refuse an archive whose records would take more memory than the file has bytes, which nothing that torch writes does.
+def refuse_bombs(file: IO[bytes], name: str, start: int = 0) -> None:
+    """Refuse a file whose contents would take more memory than it has bytes, or time without end: nothing that torch writes does.
+
+    Args:
+        file: can seek; it is left at ``start``.
+        name: for messages.
+        start: where in the file the checkpoint begins.
 
     Raises:
         DamagedCheckpoint: if they would.
     """
     import zipfile
 
-    if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
-        size = file.seek(0, os.SEEK_END) - start
-        part: Any = file if start == 0 else _Part(file, start)
-        try:
-            needed = sum(entry.file_size for entry in zipfile.ZipFile(part).infolist())
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, UnicodeDecodeError) as error:
-            raise DamagedCheckpoint(_message(name, size, f"the table of its records can't be read ({error})")) from None
-        if needed > size:
-            raise DamagedCheckpoint(_message(name, size, f"its records would unfold to {needed} bytes, which no checkpoint's do"))
+    size = file.seek(0, os.SEEK_END) - start
+    file.seek(start)
+    try:
+        if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
+            part: Any = file if start == 0 else _Part(file, start)
+            archive = zipfile.ZipFile(part)
+            needed = sum(entry.file_size for entry in archive.infolist())
+            if needed > size:
+                raise DamagedCheckpoint(_message(name, size, f"its records would unfold to {needed} bytes, which no checkpoint's do"))
+            for entry in archive.infolist():
+                if entry.filename.endswith("data.pkl"):
+                    if entry.CRC == 0:  # as in broken_records; without the attribute it is not compared
+                        del entry.CRC
+                    look_through(archive.read(entry))
+        else:
+            _look_through_old(file, start, size)
+    except Refused as reason:
+        raise DamagedCheckpoint(_message(name, size, f"{reason}, which no checkpoint does")) from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, DamagedCheckpoint) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise
+        raise DamagedCheckpoint(_message(name, size, f"the table of its records can't be read ({error})")) from None
     file.seek(start)
 
 
-class _Part:
-    """The rest of a file from some place on, as a file of its own."""
+def _look_through_old(file: IO[bytes], start: int, size: int) -> None:
+    """The same for the pickles at the beginning of a file of the format before torch 1.6; its tensors stand behind them."""
+    length = CHUNK
+    while True:
+        file.seek(start)
+        data = file.read(length)
+        at = 0
+        for _ in range(5):
+            at = look_through(data, at)
+            if at < 0:
+                break
+        if at >= 0 or length >= size:
+            return
+        length *= 4
 
-    def __init__(self, file: IO[bytes], start: int) -> None:
+
+class _Part:
+    """A part of a file, from some place on, as a file of its own; to its end, if no length is given."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int | None = None) -> None:
         self.file = file
         self.start = start
+        self.length = file.seek(0, os.SEEK_END) - start if length is None else length
+        self.file.seek(start)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self.file.seek(offset + self.start if whence == os.SEEK_SET else offset, whence) - self.start
+        here = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.length}[whence]
+        return self.file.seek(here + offset + self.start) - self.start
 
     def tell(self) -> int:
         return self.file.tell() - self.start
 
     def read(self, size: int = -1) -> bytes:
-        return self.file.read(size)
+        left = max(self.length - self.tell(), 0)
+        return self.file.read(left if size is None or size < 0 else min(size, left))
 
     def seekable(self) -> bool:
         return True
+
+
+def part_of(file: IO[bytes], start: int, length: int) -> IO[bytes]:
+    """So many bytes of a file as a file of its own, which can be read.
+
+    Args:
+        file: can seek; nobody else may use it meanwhile.
+        start: where the part begins.
+        length: of it, in bytes.
+    """
+    return _Part(file, start, length)  # type: ignore[return-value]
 
 
 def _message(name: str, size: int, problem: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io as streams
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from lightning.fabric.checkpoint import io, seal
 from lightning.fabric.checkpoint.io import DamagedCheckpoint, PathLike
+from lightning.fabric.checkpoint.pickles import look_through
 from lightning.fabric.utilities.cloud_io import local_path
 
 META = "meta.pt"
@@ -284,6 +286,7 @@ def fill(path: PathLike, targets: Mapping[str, Tensor], verify: bool = True) -> 
     folder = os.fspath(path)
     manifest = read_manifest(folder) if verify else {}
     try:
+        _refuse_devices(folder, {".metadata"})
         _verify(folder, manifest, {".metadata"})
         metadata = _metadata(folder)
         _check(metadata, targets, folder)
@@ -292,10 +295,13 @@ def fill(path: PathLike, targets: Mapping[str, Tensor], verify: bool = True) -> 
         planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
         reader.set_up_storage_reader(metadata, True)
         plan = planner.create_local_plan()
-        _verify(folder, manifest, {metadata.storage_data[item.storage_index].relative_path for item in plan.items})
+        parts = [metadata.storage_data[item.storage_index] for item in plan.items]
+        _refuse_devices(folder, {part.relative_path for part in parts})
+        _verify(folder, manifest, {part.relative_path for part in parts})
+        _refuse_bombs(folder, parts)
         with torch.no_grad():
             reader.read_data(reader.prepare_local_plan(plan), planner).wait()
-    except (OSError, LookupError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, LookupError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError, AssertionError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
         raise DamagedCheckpoint(
@@ -321,7 +327,7 @@ def read_manifest(path: PathLike) -> dict[str, tuple[int, int]]:
         return {}
     try:
         with open(os.path.join(folder, MANIFEST), "rb") as file:
-            text = file.read()
+            text = file.read(sealed.manifest[0] + 1)
     except FileNotFoundError:
         text = b""
     if (len(text), zlib.crc32(text)) != sealed.manifest:
@@ -347,7 +353,29 @@ def check_sizes(path: PathLike) -> dict[str, tuple[int, int]]:
             raise _damaged(folder, name, "is missing") from None
         if found != size:
             raise _damaged(folder, name, f"has {found} bytes instead of {size}")
+    _refuse_devices(folder, manifest)
     return manifest
+
+
+def _refuse_devices(folder: str, names: Iterable[str]) -> None:
+    """Refuse links to what has no end, such as a device."""
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise _damaged(folder, name, "is no file")
+
+
+def _refuse_bombs(folder: str, parts: Iterable[Any]) -> None:
+    """See that what torch.distributed.checkpoint will load takes no more memory than its parts of the files do."""
+    by_file: dict[str, list[Any]] = {}
+    for part in parts:
+        if part.transform_descriptors:  # compressed, for example
+            raise _damaged(folder, part.relative_path, f"is transformed in a way that is not known here ({part.transform_descriptors})")
+        by_file.setdefault(part.relative_path, []).append(part)
+    for name, inside in by_file.items():
+        with open(os.path.join(folder, name), "rb") as file:
+            for part in inside:
+                seal.refuse_bombs(seal.part_of(file, part.offset, part.length), repr(os.path.join(folder, name)))
 
 
 def verify_sharded(path: PathLike) -> None:
@@ -404,7 +432,10 @@ def _check(metadata: Any, targets: Mapping[str, Tensor], folder: str) -> None:
 def _metadata(folder: str) -> Any:
     """What torch.distributed.checkpoint wrote of the tensors and their parts, which it pickles; read without running any code."""
     with open(os.path.join(folder, ".metadata"), "rb") as file:
-        return _MetadataUnpickler(file).load()
+        content = file.read()
+    if look_through(content) != len(content):
+        raise pickle.UnpicklingError("its metadata are not such as torch.distributed.checkpoint writes")
+    return _MetadataUnpickler(streams.BytesIO(content)).load()
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -11,7 +11,6 @@ import contextlib
 import io as streams
 import os
 import pickle
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from lightning.fabric.checkpoint import io
 from lightning.fabric.checkpoint.format import encode
+from lightning.fabric.checkpoint.temporary import temporary_name
 from lightning.fabric.collectives import gather_object
 from lightning.fabric.strategies.deepspeed_config import zero_stage
 from lightning.fabric.utilities.apply_func import apply_to_collection
@@ -265,8 +265,8 @@ def write(engine: Any, path: io.PathLike, rest: Mapping[str, Any], exclude_froze
     if engine.checkpoint_engine.is_decoupled():  # it goes on writing when this function is done
         engine.save_checkpoint(target, tag=TAG, client_state=content, exclude_frozen_parameters=exclude_frozen_parameters)
         return
-    token = strategy.broadcast(secrets.token_hex(8))
-    temporary = os.path.join(os.path.dirname(target), f".{token}.partial")
+    name = strategy.broadcast(temporary_name() if strategy.is_global_zero else "")
+    temporary = os.path.join(os.path.dirname(target), name)
     engine.save_checkpoint(temporary, tag=TAG, client_state=content, exclude_frozen_parameters=exclude_frozen_parameters)
     if strategy.local_rank == 0 if engine.use_node_local_storage() else strategy.is_global_zero:
         flush(temporary)

@@ -6,7 +6,6 @@ Each process holds, of each parameter, an equal part of its elements in order; t
 from __future__ import annotations
 
 import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning.fabric.checkpoint import sharded
+from lightning.fabric.checkpoint.temporary import temporary_name
 from lightning.fabric.strategies import xla_collectives
 from lightning.fabric.strategies.xla_device import as_device_data, sync
 from lightning.fabric.utilities.cloud_io import local_path
@@ -297,7 +297,7 @@ def save_divided(checkpoint: dict[str, Any], path: Any, rank: int, in_turns: boo
     if target is None:
         raise ValueError(f"A sharded checkpoint can't be written to {os.fspath(path)!r}: it needs a disk that all processes see.")
     target = os.path.abspath(target)
-    folder = os.path.join(os.path.dirname(target), f".{xla_collectives.broadcast(secrets.token_hex(8))}.partial")
+    folder = os.path.join(os.path.dirname(target), xla_collectives.broadcast(temporary_name() if rank == 0 else ""))
     found: dict[str, tuple[Tensor, list[Box]]] = {}
 
     def take(tensor: Tensor, name: str) -> Tensor:

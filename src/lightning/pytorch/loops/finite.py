@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16: with a scale below it, the scaler has halved in vain
 SHOWN = 3  # names of parameters in a message
+ELSEWHERE = "A gradient is not finite in another process"
 LOOK_EVERY = 50  # updates between looks at the flags on a device, where log_every_n_steps says nothing
 
 
@@ -243,7 +244,7 @@ class FiniteWatch:
         for rank, (theirs, words) in enumerate(texts):
             if theirs == "loss":
                 return f"Rank {rank}: {words}"
-        return texts[0][1]
+        return next((words for _, words in texts if ELSEWHERE not in words), text)
 
     def describe(self, kind: str, update: Update, flags: list[bool]) -> str:
         """What is not finite, where, and where that comes from."""
@@ -257,11 +258,9 @@ class FiniteWatch:
             what = f"The fp16 scaler has halved its scale to less than {SMALLEST_SCALE:.1e}, and the gradients still are not finite"
         else:
             bad = [name for name, flag in zip(update.names, flags[len(update.losses) :]) if not flag]
-            if not bad:
-                return f"A gradient is not finite in another process{self.place(update, batch_idx)}."
             more = f" and {len(bad) - SHOWN} more of {len(update.names)}" if len(bad) > SHOWN else ""
             names = ", ".join(f"`{name}`" for name in bad[:SHOWN])
-            what = f"The loss is finite, and the gradient of {names}{more} is not"
+            what = f"The loss is finite, and the gradient of {names}{more} is not" if bad else ELSEWHERE
         return f"{what}{self.place(update, batch_idx)}. {self.cause(kind, origin)}"
 
     @staticmethod

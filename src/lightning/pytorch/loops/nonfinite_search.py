@@ -30,13 +30,11 @@ def search(trainer: Trainer, loop: FitLoop, origin: Origin, kind: str, through_s
         kind: what was not finite: ``"loss"``, ``"gradient"`` or ``"scale"``.
         through_strategy: whether the pass runs as the strategy runs it, in all processes.
     """
+    known = known_before(trainer, origin)
+    # Where a forward pass needs all processes, all of them must run it.
+    if trainer.strategy.reduce_boolean_decision(known is not None, all=False) if through_strategy else known is not None:
+        return known or "Another process knows more."
     module, metrics = trainer.lightning_module, trainer._metrics
-    spoiled = [name for name, parameter in module.named_parameters() if not is_finite(parameter)]
-    if spoiled:
-        return f"The weights were not finite before: `{spoiled[0]}`" + (f" and {len(spoiled) - 1} more." if len(spoiled) > 1 else ".")
-    bad_input = next((path for path, tensor in tensors_in(origin.batch) if not is_finite(tensor)), None)
-    if bad_input is not None:
-        return f"The batch itself holds values that are not finite{f', in `batch{bad_input}`' if bad_input else ''}."
     try:
         with without_trace(module, metrics, trainer.strategy.root_device):
             first, loss = run_again(trainer, loop, origin, through_strategy)
@@ -49,6 +47,17 @@ def search(trainer: Trainer, loop: FitLoop, origin: Origin, kind: str, through_s
     if kind == "loss":
         return f"A second forward pass of the same batch and random numbers was finite throughout. {HINT}"
     return f"All outputs of the forward pass were finite, so it became so in the backward pass. {HINT}"
+
+
+def known_before(trainer: Trainer, origin: Origin) -> str | None:
+    """What explains it without a forward pass: weights or a batch that hold such values."""
+    spoiled = [name for name, parameter in trainer.lightning_module.named_parameters() if not is_finite(parameter)]
+    if spoiled:
+        return f"The weights were not finite before: `{spoiled[0]}`" + (f" and {len(spoiled) - 1} more." if len(spoiled) > 1 else ".")
+    for path, tensor in tensors_in(origin.batch):
+        if not is_finite(tensor):
+            return f"The batch itself holds values that are not finite{f', in `batch{path}`' if path else ''}."
+    return None
 
 
 def run_again(trainer: Trainer, loop: FitLoop, origin: Origin, through_strategy: bool) -> tuple[str | None, Tensor | None]:

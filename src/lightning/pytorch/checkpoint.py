@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning._version import KERAUNOS_VERSION, __version__
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import resume
 from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.dispatch import override_of
@@ -60,6 +61,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         batches = loop.progress.position()["batch_idx"]
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
+        checkpoint["keraunos"]["processes"] = resume.states(trainer)
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", None)
@@ -83,9 +85,11 @@ def _is_omega(value: Any) -> bool:
 
 
 def _loops_state(trainer: Trainer) -> dict[str, Any]:
+    interrupted = trainer.fit_loop.before_validation
+    seen = trainer.validate_loop.seen if interrupted is None else interrupted["seen"]
     return {
         "fit_loop": {"state_dict": {}, "progress": trainer.fit_loop.progress.position()},
-        "validate_loop": {"state_dict": {}, "seen": list(trainer.validate_loop.seen)},
+        "validate_loop": {"state_dict": {}, "seen": list(seen)},
         "test_loop": {"state_dict": {}},
         "predict_loop": {"state_dict": {}},
     }
@@ -192,11 +196,11 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"The checkpoint is from epoch {checkpoint['epoch']}, and max_epochs={loop.max_epochs} ends before it. Set a higher one."
         )
     loop.progress.load_state_dict(progress)
-    if loop.progress.next is Next.EPOCH:
-        loop.progress.start_anew()
     trainer.validate_loop.seen = list(checkpoint.get("loops", {}).get("validate_loop", {}).get("seen", []))
     loop.restarting = True
     loop.resumed_position = checkpoint.get("keraunos", {}).get("data")
+    saved = checkpoint.get("keraunos", {}).get("processes")
+    loop.resumed = resume.own_part(saved, trainer.global_rank, trainer.world_size)
 
 
 def progress_of_lightning(checkpoint: Checkpoint, accumulate: int = 1) -> dict[str, Any]:

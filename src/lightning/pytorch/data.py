@@ -18,7 +18,6 @@ from lightning.fabric.utilities.data import (
     suggested_max_num_workers,
 )  # fmt: skip
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.loader_state import ResumableLoader, has_indices
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.core.datamodule import LightningDataModule
@@ -30,6 +29,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 if TYPE_CHECKING:
     from lightning.fabric.uneven import Lockstep
+    from lightning.fabric.utilities.loader_state import ResumableLoader
     from lightning.pytorch.trainer.trainer import Trainer
 
 UNBOUNDED = float("inf")
@@ -50,6 +50,8 @@ class TrainLoader:
 
     def __init__(self, combined: CombinedLoader, num_batches: float, length_is_exact: bool) -> None:
         self.combined = combined
+        from lightning.fabric.utilities.loader_state import ResumableLoader
+
         self.num_batches = num_batches
         self.length_is_exact = length_is_exact
         self.length_is_known = combined.batch_count() != UNBOUNDED and not any(map(has_iterable_dataset, combined.flattened))
@@ -164,6 +166,8 @@ class EvalLoaders:
 
     def keep_places(self) -> None:
         """Keep what the next pass over the loaders depends on: the state of their own generators, and of workers that stay."""
+        from lightning.fabric.utilities.loader_state import ResumableLoader, has_indices
+
         self.keepers = [ResumableLoader(loader) if has_indices(loader) else None for loader in self.loaders]
         pairs = zip(self.keepers, self.loaders)
         self.sources = [keeper if keeper is not None and keeper.stays else loader for keeper, loader in pairs]

@@ -181,6 +181,15 @@ class Entry:
         self.host_total: float | None = None
         self.weight: float = 0
 
+    def take_metric(self) -> None:
+        """From here on a Metric is logged, which accumulates by itself."""
+        self.add, self.weighted = self.add_metric, False
+
+    @property
+    def takes_metric(self) -> bool:
+        """Whether a Metric is logged."""
+        return self.add == self.add_metric
+
     def forked(self, on_step: bool) -> str:
         """The name that loggers and the bar see: ``x_step`` and ``x_epoch`` when both are logged."""
         name = f"{self.name}_{'step' if on_step else 'epoch'}" if self.on_step and self.on_epoch else self.name

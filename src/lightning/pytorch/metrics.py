@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.delivery import Delivery
 from lightning.pytorch.metric_entry import BATCH_DEFAULTS, BATCH_TRAIN, Entry, check_value, is_metric, resolve_options
 from lightning.pytorch.reduction import reduce_epoch, reduce_steps
 
@@ -85,6 +86,7 @@ class Metrics:
         self.module: Any = None
         self.disabled = False  # barebones: log() does nothing
         self.loggers: list[Any] = []
+        self.delivery = Delivery()
         self.muted = False  # the sanity check sends no rows
         self.discards = False  # whether what is logged right now counts nothing
         self.every = 0  # log_every_n_steps
@@ -139,6 +141,7 @@ class Metrics:
                 "which of them to follow. Use the same arguments, or another name."
             )
         if known is not None:
+            known.given = given  # the same in other words; of a resumed run it was not known
             return known
         assert self.scope is not None
         if not options.add_dataloader_idx and any(
@@ -152,8 +155,7 @@ class Metrics:
         entry = Entry(name, self.scope, self.dataloader_idx, given, options)
         if is_metric(value):
             _find_attribute(module, name, value, options.metric_attribute)
-            entry.add = entry.add_metric
-            entry.weighted = False
+            entry.take_metric()
         self.entries[self.scope, name, self.dataloader_idx] = entry
         return entry
 
@@ -197,6 +199,7 @@ class Metrics:
             self.reset(entries)
             entries.clear()
         self._pending.clear()
+        self.delivery.open()
         self.muted = False
         self.clear()
 
@@ -362,13 +365,22 @@ class Metrics:
             values = copy.read()
             if "epoch" in values:
                 values["epoch"] = int(values["epoch"])
-            for logger in self.loggers:
-                logger.log_metrics(metrics=dict(values), step=step)
-                logger.save()
+            self.delivery.send(self.loggers, values, step)
 
     def settle(self) -> None:
-        """Deliver everything that was sent, waiting for the device."""
+        """Deliver everything that was sent, waiting for the device; loggers that take their rows promptly have them then."""
         self._deliver(wait=True)
+        self.delivery.settle()
+
+    def flush_loggers(self, seconds: float) -> bool:
+        """Deliver everything, and wait for the loggers as long as they get on; returns whether they have everything."""
+        self._deliver(wait=True)
+        return self.delivery.flush(seconds)
+
+    def close(self) -> None:
+        """Deliver everything that was sent, and wait for the loggers."""
+        self._deliver(wait=True)
+        self.delivery.close()
 
     def close_epoch(self) -> None:
         """From here on the epoch's values count: hooks of the epoch's end see them."""

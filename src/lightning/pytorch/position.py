@@ -27,6 +27,9 @@ def describe(loader: TrainLoader, batches: int, replicas: int) -> Position | Non
         replicas: how many processes share the data.
     """
     plain = loader.combined.flattened[0]
+    if loader.rest_from is not None:
+        saved, used = loader.rest_from, batches - loader.done
+        return {**saved, "samples": saved["samples"] + used * plain.batch_size * replicas, "replicas": replicas, "rest": True}
     order = _order(plain) if len(loader.combined.flattened) == 1 else None
     if order is None:
         return None
@@ -76,7 +79,7 @@ def rest_of(loader: TrainLoader, saved: Position, epoch: int, replicas: int, ran
     if len(mine) < share and -(-len(mine) // size) < -(-share // size):
         mine = mine + indices[:1]
     done = saved["samples"] // (size * replicas)
-    return type(loader).continued(replace_sampler(plain, mine), done), done
+    return type(loader).continued(replace_sampler(plain, mine), done, saved), done
 
 
 def _batch_size(loader: Any) -> int | None:

@@ -105,7 +105,7 @@ def test_reading_again_is_told_with_its_cost() -> None:
     next(batches), next(batches)
     resumed = ResumableLoader(Batches())
     resumed.load_state_dict(loader.state_dict())
-    with pytest.warns(UserWarning, match=r"2 batches were read again to come to the same place, which took \d+\.\d s"):
+    with pytest.warns(UserWarning, match=r"2 batch\(es\) were read again to come to the same place, which took \d+\.\d s"):
         assert [int(batch[0]) for batch in resumed] == [2, 3, 4]
 
 

@@ -13,35 +13,44 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 Prepare = Callable[[Any], Any]
 
 
-def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare) -> Iterator[tuple[Any, bool]]:
+def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0) -> Iterator[tuple[Any, bool]]:
     """Yield ``(batch, is_last)`` of a loader whose length is known.
 
     Args:
         loader: gives raw batches.
-        start: how many batches to pass over.
+        start: the first batch that is wanted, those before it being passed over.
         stop: the number of batches of the epoch, those passed over included.
         prepare: moves a batch to the device.
+        begins_at: the number of the batch with which the loader begins; not 0 where it goes on in the middle of an epoch by itself.
     """
     index = start
     # A loader that is not limited is read to its very end, as by a `for` loop: its sampler and its workers finish.
-    for batch in islice(loader, start, None if stop == sized_len(loader) else int(stop)):
+    for batch in islice(loader, start - begins_at, None if stop == sized_len(loader) else int(stop) - begins_at):
         index += 1
         yield prepare(batch), index == stop
 
 
-def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepare) -> Iterator[tuple[Any, bool]]:
+def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0) -> Iterator[tuple[Any, bool]]:
     """Yield ``(batch, is_last)`` of a loader whose length is not known, or not for sure: one raw batch is fetched ahead.
+
+    Args:
+        loader: gives raw batches.
+        start: as for :func:`counted`, like the others.
+        stop: the greatest number of batches, infinity for all.
+        prepare: moves a batch to the device.
+        begins_at: the number of the batch with which the loader begins.
 
     Raises:
         MisconfigurationException: if the loader gives no batch at all.
     """
-    batches = islice(loader, start, None if stop == float("inf") else int(stop))
+    batches = islice(loader, start - begins_at, None if stop == float("inf") else int(stop) - begins_at)
     try:
         batch = next(batches)
     except StopIteration:
         if start == 0:
+            kind = type(getattr(loader, "loader", loader)).__name__  # the user's, within what keeps its place
             raise MisconfigurationException(
-                f"The training loader, a {type(loader).__name__}, gave no batch in this epoch: there is nothing to train on. "
+                f"The training loader, a {kind}, gave no batch in this epoch: there is nothing to train on. "
                 "It must give its batches anew in each epoch, which a generator, for one, cannot do."
             ) from None
         return

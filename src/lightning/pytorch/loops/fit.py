@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.seed import set_rng_states
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import resume
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import no_op, override_of, scoped
@@ -59,17 +61,20 @@ class FitLoop:
         self.max_steps = config.max_steps
         self.min_steps = config.min_steps
         self.loader: TrainLoader | None = None
-        self.is_last = False
-        self.updates = False
         self.accumulate = 1
         self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
         self.restarting = False
         self.resumed_position: Any = None  # where in the data the resumed checkpoint was saved, for another number of processes
+        self.resumed: Any = None  # what the checkpoint holds beside weights and the like, until the run has taken it up
+        self.rows_due = False  # whether the checkpoint was saved before the rows of its last batch were sent
+        self.random_states: Any = None  # of the checkpoint, for where its run went on
+        self.before_validation: Any = None  # what a validation that is saved half-way begins anew from
         self.outputs: Any = None
         self.weight = 1.0  # what the current batch counts, where processes have different numbers of them
         self.told_of_minimum = False
+        self.several = self.stop_is_agreed = False  # processes; on `trainer.should_stop`
         self.told_of_none = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,13 +90,16 @@ class FitLoop:
         run_epoch = bind.profiled(self.trainer, self.run_epoch, "run_training_epoch")
         self.log_step = max(p.stepped - 1, 0)
         metrics.restart_flush(p.stepped)
+        if self.rows_due:
+            metrics.flush_at, self.rows_due = p.stepped, False
         with torch.enable_grad(), metrics.collecting(self.entries), bind.guarded(self.guards):
             hooks.on_train_start()
             self.refresh()
-            while not self.finished():
+            while not self.finished():  # a resumed run is in the middle of one
                 self.trainer._data.reload_train_if_due(p.epoch)
                 self.loader.set_epoch(p.epoch)  # type: ignore[union-attr]
                 run_epoch()
+                self.agree_on_stop()
                 p.next_epoch()
             self.trainer._signals.finish()  # type: ignore[union-attr]
             self.say_why()
@@ -99,19 +107,26 @@ class FitLoop:
 
     def run_epoch(self) -> None:
         p, hooks, metrics, trainer = self.progress, self.hooks, self.metrics, self.trainer
+        if self.random_states is not None:
+            set_rng_states(self.random_states)
+            self.random_states = None
         if p.next is Next.BATCH and p.batch_idx == 0:
             self.log_step = p.stepped
             hooks.on_train_epoch_start()
             self.refresh()
+            self.agree_on_stop()
             if trainer.should_stop and self.done():
                 p.next = Next.EPOCH_END  # without a batch
         self.accumulate, last_step, signals = trainer.accumulate_grad_batches, self.last_step, trainer._signals
         saves = trainer.strategy.checkpoint_io
         assert signals is not None
-        if p.next is Next.VALIDATE:  # the checkpoint was saved between a batch and the validation due after it
-            self.catch_up()
+        if p.ending or p.next is Next.VALIDATE:  # the checkpoint was saved by a hook of a batch's end, or of the validation after it
+            self.end_batch()
+            p.ending = False
+            if self.done():
+                p.next = Next.EPOCH_END
         for batch, is_last in self.batches():  # from p.batch_idx, already on the device
-            self.is_last = is_last
+            p.is_last = is_last
             metrics.batch, metrics.batch_size = batch, None
             metrics.serial += 1
             self.log_step = p.stepped
@@ -123,31 +138,50 @@ class FitLoop:
             p.total_batches += 1
             if is_last:
                 self.schedulers.step_epoch()
-            p.next = Next.VALIDATE if self.validation_due() else Next.BATCH
+            p.next, p.ending = Next.VALIDATE if self.validation_due() else Next.BATCH, True
             hooks.on_train_batch_end(self.outputs, batch, p.batch_idx - 1)
-            if trainer.should_stop and p.next is Next.BATCH and self.validation_due():
-                p.next = Next.VALIDATE  # a callback just asked to stop: the last weights are validated too
-            if p.stepped >= metrics.flush_at or (trainer.should_stop and self.updates):
-                metrics.flush(p.stepped, self.log_step, trainer.should_stop)  # the only device-to-host read
-            if p.next is Next.VALIDATE:
-                self.validate()
+            if trainer.should_stop and self.several and not self.stop_is_agreed:
+                trainer.should_stop = False  # until all processes know
+                signals.ask_for_stop()
             if signals.pending:
                 signals.heed(p.total_batches, metrics.serial)
             if saves.troubled:
                 saves.poll()
-            if self.updates:
-                self.schedulers.step_plateau_batch()
-                if (trainer.should_stop or p.global_step >= last_step) and self.done():
-                    break
+            if trainer.should_stop and p.next is Next.BATCH and self.validation_due():
+                p.next = Next.VALIDATE  # a callback just asked to stop: the last weights are validated too
+            if p.next is Next.VALIDATE or p.stepped >= metrics.flush_at or trainer.should_stop or self.schedulers.watch_steps:
+                self.end_batch()
+            p.ending = False
+            if p.updates and (trainer.should_stop or p.global_step >= last_step) and self.done():
+                break
         self.log_step = p.stepped - 1  # also where the epoch had no batch, or its last one was passed over
         # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
-        p.next = Next.EPOCH if self.is_last or not self.done() else Next.BATCH
+        p.next = Next.EPOCH if p.is_last or not self.done() else Next.BATCH
+        p.ending = p.next is Next.EPOCH
         metrics.close_epoch()
         hooks.on_train_epoch_end()
         metrics.reduce_epoch()  # what these hooks logged
         self.schedulers.step_plateau("epoch")
+        p.ending = False
         hooks.on_train_epoch_end_checkpoints()
         metrics.end_epoch(self.log_step)
+
+    def end_batch(self) -> None:
+        """What follows the hooks of a batch's end."""
+        p, metrics, stopping = self.progress, self.metrics, self.trainer.should_stop
+        if p.stepped >= metrics.flush_at or (stopping and p.updates):
+            metrics.flush(p.stepped, self.log_step, stopping)  # the only device-to-host read
+        if p.next is Next.VALIDATE:
+            self.validate()
+            self.agree_on_stop()
+        if p.updates:
+            self.schedulers.step_plateau("step")
+
+    def agree_on_stop(self) -> None:
+        """Where all processes stand at the same point: a stop that one of them asked for is one for all."""
+        if self.several:
+            self.trainer.should_stop = self.trainer.strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
+            self.stop_is_agreed = self.trainer.should_stop
 
     def batches(self) -> Iterator[tuple[Any, bool]]:
         """The batches that are left of this epoch, each with whether it is the last."""
@@ -157,7 +191,7 @@ class FitLoop:
             return iter(())
         source = counted if loader.length_is_exact else looked_ahead
         fetched = bind.fetched(self.trainer, loader.iterable, "[_TrainingEpochLoop].train_dataloader_next")
-        batches = source(fetched, p.batch_idx, loader.num_batches, self.prepare)
+        batches = source(fetched, p.batch_idx, loader.num_batches, self.prepare, loader.passes_over)
         return batches if loader.lockstep is None else self.weighed(batches, loader.lockstep)
 
     def weighed(self, batches: Iterator[tuple[Any, bool]], lockstep: Lockstep) -> Iterator[tuple[Any, bool]]:
@@ -174,8 +208,8 @@ class FitLoop:
         p = self.progress
         self.batch = batch
         self.outputs = None
-        self.updates = self.is_last or (p.batch_idx + 1) % self.accumulate == 0
-        if self.updates:
+        p.updates = p.is_last or (p.batch_idx + 1) % self.accumulate == 0
+        if p.updates:
             self.update(self.closure)  # the user's optimizer_step, or the optimizer's step
             if self.outputs is None:
                 raise MisconfigurationException(CLOSURE_NOT_CALLED)
@@ -218,10 +252,10 @@ class FitLoop:
             self.gathered = -1  # should backward fail, the gradients are of no use
             self.backward(loss)
             hooks.on_after_backward()
-            if self.is_last and self.accumulate > 1:
+            if p.is_last and self.accumulate > 1:
                 self.complete_window()
         self.gathered = p.batch_idx % self.accumulate + 1
-        if self.updates and not self.user_steps:
+        if p.updates and not self.user_steps:
             self.unscale(optimizer)
             hooks.on_before_optimizer_step(optimizer)
             self.clip(optimizer)
@@ -266,7 +300,7 @@ class FitLoop:
     def manual_step(self, batch: Any) -> None:
         """The user's ``training_step`` does everything."""
         self.metrics.scope = "training_step"
-        self.updates = True
+        self.progress.updates = True
         with self.forward_context():
             outputs = self.training_step(batch, self.progress.batch_idx)
         self.outputs = self.detach(outputs)
@@ -309,33 +343,29 @@ class FitLoop:
         if self.val_seconds is not None:
             over = time.monotonic() - self.validated_at >= self.val_seconds
             return self.trainer.strategy.reduce_boolean_decision(over, all=False)  # the clocks of the processes differ
-        if trainer.should_stop and self.updates and self.may_stop():
+        if trainer.should_stop and (self.stop_is_agreed or not self.several) and p.updates and self.may_stop():
             return True  # the last weights are validated too
         if self.val_every == UNBOUNDED:
-            return self.is_last
+            return p.is_last
         return (p.total_batches if every is None else p.batch_idx) % self.val_every == 0
 
     def validate(self) -> None:
         """Run through the validation data in the middle of, or after, the epoch's batches."""
+        if not self.validates:  # any more, in a resumed run
+            self.after_validation()
+            return
         self.trainer._data.reload_val_if_due(self.progress.epoch)
-        if self.updates:  # in the middle of an accumulation window the gradients are still needed
+        self.before_validation = resume.before_validation(self.trainer)
+        if self.progress.updates:  # in the middle of an accumulation window the gradients are still needed
             with self.trainer._in_stage(RunningStage.VALIDATING):
                 self.free_gradients()
         self.trainer.validate_loop.run(finishing=self.after_validation)
         self.validated_at = time.monotonic()
 
-    def catch_up(self) -> None:
-        """Validate before the first batch of a resumed run, if it still validates; that may end it."""
-        if self.validates:
-            self.validate()
-        else:
-            self.after_validation()
-        if self.done():
-            self.progress.next = Next.EPOCH_END
-
     def after_validation(self) -> None:
         """From here on a checkpoint says that this validation is done."""
-        self.progress.next = Next.EPOCH_END if self.is_last else Next.BATCH
+        self.progress.next = Next.EPOCH_END if self.progress.is_last else Next.BATCH
+        self.before_validation = None
 
     # ---- the end --------------------------------------------------------------------------------------------------------
 
@@ -357,7 +387,7 @@ class FitLoop:
             if self.may_stop():
                 return True
             if any(callback.stopping_reason.value for callback in self.trainer.early_stopping_callbacks):
-                self.trainer.should_stop = False  # early stopping decides anew once the minimum is reached
+                self.trainer.should_stop = self.stop_is_agreed = False  # early stopping decides anew once the minimum is reached
             if not self.told_of_minimum:
                 self.told_of_minimum = True
                 minimum = f"min_epochs={self.min_epochs} or min_steps={self.min_steps}"
@@ -374,7 +404,7 @@ class FitLoop:
     def may_stop(self) -> bool:
         """Whether the minimum of epochs and steps is reached."""
         p = self.progress
-        epochs = p.epoch + (1 if self.is_last and p.batch_idx > 0 else 0)
+        epochs = p.epoch + (1 if p.is_last and p.batch_idx > 0 else 0)
         return epochs >= (self.min_epochs or 0) and p.global_step >= (self.min_steps or 0)
 
     # ---- before the first step --------------------------------------------------------------------------------------------
@@ -385,6 +415,8 @@ class FitLoop:
         self.hooks, self.metrics = trainer._hooks, trainer._metrics
         self.metrics.progress = self.progress
         self.progress.start_anew()
+        self.resumed = self.resumed_position = self.random_states = self.before_validation = None
+        self.rows_due = False
         self.accumulate = trainer.accumulate_grad_batches
         self.forward_context = bind.forward_context(trainer, "train")
         self.no_backward_sync = trainer.strategy.no_backward_sync
@@ -392,6 +424,7 @@ class FitLoop:
         step: Callable[[Any], None] = self.automatic_step if automatic else self.manual_step
         self.even_step = bind.profiled(trainer, step, "run_training_batch")
         self.detach = bind.detach_outputs if automatic else bind.detach_manual_outputs
+        self.several, self.stop_is_agreed = trainer._signals is not None and trainer._signals.listens, False
         self.val_every_n_epoch = config.check_val_every_n_epoch
         self.val_seconds = config.val_check_seconds
         self.validated_at = time.monotonic()

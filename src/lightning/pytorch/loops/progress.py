@@ -27,6 +27,10 @@ class FitProgress:
         global_step: optimizer steps taken; with several optimizers, by all of them.
         stepped: batches after which an optimizer stepped; the x value of loggers counts these.
         next: what runs next.
+        is_last: whether the batch taken last is the last of its epoch.
+        updates: whether that batch ends an accumulation window, so that an optimizer steps.
+        ending: whether there is still to do what follows the hooks of a batch's end, or an epoch's: rows for the loggers, and steps of
+            schedulers that watch a metric.
         cut_off: the position in the epoch before, where that was ended in the middle; :meth:`position` is then there.
     """
 
@@ -36,6 +40,9 @@ class FitProgress:
     global_step: int = 0
     stepped: int = 0
     next: Next = Next.BATCH
+    is_last: bool = False
+    updates: bool = False
+    ending: bool = False
     cut_off: dict[str, Any] | None = None
 
     def next_epoch(self) -> None:
@@ -44,6 +51,7 @@ class FitProgress:
         self.epoch += 1
         self.batch_idx = 0
         self.next = Next.BATCH
+        self.ending = False
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint holds: where a resumed run goes on."""
@@ -57,6 +65,7 @@ class FitProgress:
             self.epoch += 1
         self.batch_idx = 0
         self.next = Next.BATCH
+        self.ending = False
         self.cut_off = None
 
     def state_dict(self) -> dict[str, Any]:

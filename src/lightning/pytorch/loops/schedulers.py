@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,7 +21,7 @@ class Schedulers:
 
     Attributes:
         step_batch: call it after each optimizer step.
-        step_plateau_batch: call it after each step's metrics are there, validation included.
+        watch_steps: whether some wait for a plateau of a step's metrics.
         step_epoch: call it after the last batch of an epoch.
 
     Schedulers that wait for a plateau go through :meth:`step_plateau` instead, when their metric is there.
@@ -34,8 +33,7 @@ class Schedulers:
         configs = trainer.lr_scheduler_configs if module.automatic_optimization else []
         self.override = bind.of_user(trainer, "lr_scheduler_step")
         self.plateau = [config for config in configs if config.reduce_on_plateau]
-        by_step = any(config.interval == "step" for config in self.plateau)
-        self.step_plateau_batch = partial(self.step_plateau, "step") if by_step else no_op
+        self.watch_steps = any(config.interval == "step" for config in self.plateau)
         self.step_batch = self._stepper([c for c in configs if c.interval == "step" and not c.reduce_on_plateau])
         self.step_epoch = self._stepper([c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau])
 

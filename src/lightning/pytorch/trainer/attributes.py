@@ -182,7 +182,7 @@ class TrainerAttributes:
     @property
     def is_last_batch(self) -> bool:
         """Whether the current training batch is the last of its epoch."""
-        return self.fit_loop.is_last
+        return self.fit_loop.progress.is_last
 
     @property
     def validation_due(self) -> bool:
@@ -473,6 +473,19 @@ class TrainerAttributes:
             step: the x value.
         """
         self._metrics.send_row(values, step)
+
+    def flush_loggers(self, timeout: float = 30.0) -> bool:
+        """Wait until the loggers have all rows that were sent to them, which they get from a thread in the background.
+
+        Needed only to read in the middle of a run what a logger has; at the end of a run they have everything.
+
+        Args:
+            timeout: seconds; a logger that gets on is waited for longer. One that raises is not waited for.
+
+        Returns:
+            whether they have.
+        """
+        return self._metrics.flush_loggers(timeout)
 
     @property
     def profiler(self) -> Any:

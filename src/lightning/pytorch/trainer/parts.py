@@ -19,6 +19,7 @@ from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.dispatch import sorted_callbacks
 from lightning.pytorch.loops import bind
+from lightning.pytorch.resume import take_up, take_up_data
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.config import TrainerConfig, as_list
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -239,6 +240,7 @@ def ready_to_fit(trainer: Trainer) -> bool:
     if validates and config.num_sanity_val_steps > 0 and not loop.restarting:
         sanity_check(trainer)
     loop.restarting = False
+    take_up(trainer)
     _warn_of_eval_mode(trainer.lightning_module)
     if config.limit_train_batches == 0:
         rank_zero_info("Nothing to train: limit_train_batches is 0.")
@@ -246,11 +248,12 @@ def ready_to_fit(trainer: Trainer) -> bool:
     loop.set_loader(data.train(), validates)
     if loop.resumed_position is not None and loop.progress.batch_idx > 0:
         data.rest_of_epoch(loop.resumed_position)
-        loop.resumed_position = None
+    loop.resumed_position = None
     if loop.finished():
         return False
     if validates:
         data.evaluation("val")
+    take_up_data(trainer)
     trainer.validate_loop.limit = float("inf")
     return loop.loader is not None and loop.loader.num_batches > 0
 

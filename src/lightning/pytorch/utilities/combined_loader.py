@@ -250,6 +250,11 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
             if state is not None:
                 loader.load_state_dict(state)
 
+    @property
+    def passes_over(self) -> int:
+        """The number of batches with which the next ``iter`` does not begin, because an interrupted run was given them."""
+        return 0 if self._loaded is None else self._progress.batch_idx
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_iterator": None}  # a running iteration stays in its process
 
@@ -362,7 +367,7 @@ class _Progress:
         left = sum(sizes[self.dataloader_idx :]) if sequential else total
         if 0 < self.batch_idx >= left:
             return _Progress.fresh(len(self.cursors))
-        cursors = [_Cursor(0, c.passes + 1) if 0 < c.batches >= size else c for c, size in zip(self.cursors, sizes)]
+        cursors = [_Cursor(0, c.passes + 1, c.live) if 0 < c.batches >= size else c for c, size in zip(self.cursors, sizes)]
         return _Progress(self.batch_idx, self.dataloader_idx, cursors)
 
     def state_dict(self) -> dict[str, Any]:

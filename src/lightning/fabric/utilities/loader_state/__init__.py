@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.loader_state.loader import ResumableLoader
+from lightning.fabric.utilities.loader_state.loader import ResumableLoader, has_indices
 
-__all__ = ["ResumableLoader"]
+__all__ = ["ResumableLoader", "has_indices"]

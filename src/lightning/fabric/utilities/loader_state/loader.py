@@ -13,7 +13,7 @@ from lightning.fabric.utilities.loader_state.randomness import is_stateful
 from lightning.fabric.utilities.loader_state.stream import Stream
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-__all__ = ["ResumableLoader"]
+__all__ = ["ResumableLoader", "has_indices"]
 
 
 class ResumableLoader:
@@ -51,13 +51,18 @@ class ResumableLoader:
 
     def __init__(self, loader: Iterable[Any], looks_ahead: bool = False) -> None:
         self.loader = loader
-        kind: Any = MapStyle if _has_indices(loader) else Stream
+        kind: Any = MapStyle if has_indices(loader) else Stream
         self.source: MapStyle | Stream = kind(loader, looks_ahead)
         self.cursor: Cursor | None = None
         self.pending: State | None = None
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the next pass depends on more than random states of this process: on workers that stay, or on a place in the data."""
+        return self.source.keeps_on
 
     @property
     def passes_over(self) -> int:
@@ -99,13 +104,14 @@ class ResumableLoader:
         if state["kind"] != self.source.kind:
             rank_zero_warn(
                 f"The checkpoint was saved with another kind of training loader than this {type(self.loader).__name__}: "
-                "the epoch in which it was saved begins anew."
+                "in the epoch in which it was saved, the batches that this one gives first are passed over in place of those used."
             )
             return
         self._compare(state["loader"], state["batches"])
         if state["batches"] is None:
             self.source.load_between(state)
-        self.pending = state
+        if state["batches"] is not None or self.source.keeps_on:
+            self.pending = state
 
     def _compare(self, saved: State, batches: int | None) -> None:
         here = self.source.describe()
@@ -124,7 +130,7 @@ class ResumableLoader:
             rank_zero_warn(f"The training loader is not the one of the checkpoint ({'; '.join(changed)}): {', and '.join(effects)}.")
 
 
-def _has_indices(loader: Any) -> bool:
+def has_indices(loader: Any) -> bool:
     """Whether the loader's order can be drawn without loading anything."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, (IterableDataset, IterDataPipe, MapDataPipe)):
         return False

@@ -232,6 +232,11 @@ class MapStyle:
         return generators_within([self.loader.generator, self.loader.batch_sampler, self.loader.sampler])
 
     @property
+    def keeps_on(self) -> bool:
+        """Whether a state between two passes is needed when the next begins: workers that stay go on."""
+        return self.persistent
+
+    @property
     def _roots(self) -> list[Any]:
         return [self.loader.dataset, self.loader.collate_fn]
 

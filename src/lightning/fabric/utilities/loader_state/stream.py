@@ -53,6 +53,7 @@ class Stream:
     """
 
     kind = "stream"
+    keeps_on = True  # a state between two passes is needed when the next begins
 
     def __init__(self, loader: Iterable[Any], looks_ahead: bool) -> None:
         self.loader = loader
@@ -153,7 +154,7 @@ class Stream:
         if done:
             once = " It is an iterator, which can't begin anew: what it gives now must be its first batches." if self._once else ""
             rank_zero_warn(
-                f"The {self._name} can't tell where it is, so {done} batches were read again to come to the same place, which took "
+                f"The {self._name} can't tell where it is, so {done} batch(es) were read again to come to the same place, which took "
                 f"{time.monotonic() - began:.1f} s. Give it, or its dataset, `state_dict` and `load_state_dict`.{once}"
             )
         reached = state["rng"]

@@ -1,0 +1,227 @@
+"""What each process of a resumed run needs beside weights, optimizers and callbacks: its random numbers, its data, what it has logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.seed import collect_rng_states
+from lightning.pytorch.loops.progress import Next
+from lightning.pytorch.metric_entry import Entry, Options, is_metric
+
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.trainer import Trainer
+
+State = dict[str, Any]
+
+PUBLISHED = ("_callback", "_steps", "_logged", "_bar")
+KEPT = ("value", "total", "host_total", "weight", "serial", "merged", "dtype")  # of an entry
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def states(trainer: Trainer) -> list[State | None]:
+    """The state of every process, in the order of their ranks; all must call it.
+
+    A process that fails can't ask the others, and has None in their places.
+    """
+    strategy, own = trainer.strategy, _own_state(trainer)
+    return [own] if strategy.world_size == 1 else strategy.gather_objects(own)
+
+
+def before_validation(trainer: Trainer) -> State:
+    """What a validation depends on, at its start: a checkpoint that is saved in the middle of one lets it begin anew."""
+    seen = list(trainer.validate_loop.seen)
+    return {"random": collect_rng_states(), "validation": trainer._data.validation_state(), "seen": seen}
+
+
+def _own_state(trainer: Trainer) -> State:
+    loop = trainer.fit_loop
+    now = loop.before_validation or before_validation(trainer)
+    return {
+        "random": now["random"],
+        "validation": now["validation"],
+        "training": _training_data(trainer),
+        "loaded_in": (trainer._data.train_epoch, trainer._data.val_epoch),
+        "metrics": _metrics_state(trainer),
+    }
+
+
+def _training_data(trainer: Trainer) -> Any:
+    """Where the training loader is, after the batches that count."""
+    loop = trainer.fit_loop
+    if loop.loader is None:
+        return None
+    at = loop.progress.position()
+    over = at["batch_idx"] == 0 or at["is_last"] or at["next"] in (Next.EPOCH, Next.EPOCH_END)
+    return loop.loader.state_dict(None if over else at["batch_idx"])
+
+
+def _metrics_state(trainer: Trainer) -> State:
+    metrics, loop = trainer._metrics, trainer.fit_loop
+    metrics.merge_steps()
+    running = {id(entry.source) for entry in trainer.validate_loop.entries.values()} if loop.before_validation is not None else set()
+    found = {id(metric): name for name, metric in _metrics_within(trainer)}
+    return {
+        "serial": metrics.serial,
+        "rows_due": loop.progress.ending and loop.progress.stepped >= metrics.flush_at,
+        "entries": [_entry_state(entry, found) for entry in loop.entries.values() if entry.options.sync_dist_group is None],
+        "published": {name: {key: _plain(value) for key, value in getattr(metrics, name).items()} for name in PUBLISHED},
+        "modules": {
+            name: {"count": metric.update_count, "state": dict(metric.metric_state)}
+            for name, metric in _metrics_within(trainer)
+            if metric.update_count > 0 and id(metric) not in running
+        },
+    }
+
+
+def _entry_state(entry: Entry, found: dict[int, str]) -> State:
+    state: State = {name: _plain(getattr(entry, name)) for name in KEPT}
+    state["key"], state["options"] = (entry.scope, entry.name, entry.dataloader_idx), astuple(entry.options)
+    state["takes_metric"], state["source"] = entry.takes_metric, found.get(id(entry.source))
+    return state
+
+
+def _plain(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _metrics_within(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    """The torchmetrics objects of the model, each once."""
+    module = trainer.strategy.lightning_module
+    return ((name, part) for name, part in module.named_modules() if is_metric(part)) if module is not None else iter(())
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+
+def own_part(saved: list[State | None] | None, rank: int, world_size: int) -> State | None:
+    """The state that a process goes on from; None if the checkpoint holds none.
+
+    Args:
+        saved: from :func:`states`; None in checkpoints of others.
+        rank: of this process.
+        world_size: how many there are now.
+    """
+    if not saved:
+        return None
+    if len(saved) == world_size:
+        if saved[rank] is None:
+            rank_zero_warn(
+                "The checkpoint was saved by a process that failed, which knew nothing of the others: the random numbers of those, and "
+                "what they have logged in the epoch, are not those of the interrupted run."
+            )
+        return saved[rank]
+    return _resharded(saved, rank)
+
+
+def _resharded(saved: list[State | None], rank: int) -> State | None:
+    """The part of a process in a run of more or fewer processes."""
+    first = saved[0]
+    mine = saved[rank] if rank < len(saved) else None
+    base = mine if mine is not None else first
+    if base is None:
+        return None
+    entries = []
+    for state in base["metrics"]["entries"]:
+        if Options(*state["options"]).sync_dist:  # reduced over all processes at the epoch's end, so they may stand in one of them
+            state = _merged(state["key"], saved) if rank == 0 else None
+        elif mine is None:
+            state = None
+        if state is not None:
+            entries.append(state)
+    if any(part is not None and part["metrics"]["modules"] for part in saved):
+        rank_zero_warn(
+            f"The checkpoint is from {len(saved)} process(es): what Metrics have gathered in its epoch can't be shared out among others, "
+            "so they begin anew."
+        )
+    metrics = {**base["metrics"], "entries": entries, "modules": {}}
+    return {**base, "metrics": metrics, "training": None, "validation": [], "random": None if mine is None else mine["random"]}
+
+
+def _merged(key: Any, saved: list[State | None]) -> State | None:
+    """What all processes have gathered under a key, as one."""
+    found = [state for part in saved if part is not None for state in part["metrics"]["entries"] if tuple(state["key"]) == tuple(key)]
+    if not found:
+        return None
+    reduction = Options(*found[0]["options"]).reduction
+    combine: Any = {"max": max, "min": min}.get(reduction, sum)
+    totals = [state["total"].cpu() for state in found if state["total"] is not None]
+    hosts = [state["host_total"] for state in found if state["host_total"] is not None]
+    return {
+        **found[0],
+        "total": combine(totals) if totals else None,
+        "host_total": combine(hosts) if hosts else None,
+        "weight": sum(state["weight"] for state in found),
+    }
+
+
+def take_up(trainer: Trainer) -> None:
+    """Do what a resumed run does before its data are asked for; nothing in a run that starts afresh."""
+    loop, metrics = trainer.fit_loop, trainer._metrics
+    if loop.resumed is not None:
+        _load_metrics(trainer, loop.resumed["metrics"])
+        loop.random_states = loop.resumed["random"]
+        trainer._data.train_epoch, trainer._data.val_epoch = loop.resumed["loaded_in"]
+    p = loop.progress
+    if p.next is not Next.EPOCH:
+        return
+    # Saved by a hook of the epoch's end: what follows these hooks is still to be done.
+    loop.log_step = max(p.stepped - 1, 0)
+    with torch.enable_grad(), metrics.collecting(loop.entries):
+        metrics.epoch_ended = True
+        if p.ending:
+            loop.schedulers.step_plateau("epoch")
+        metrics.end_epoch(loop.log_step)
+    p.start_anew()
+
+
+def take_up_data(trainer: Trainer) -> None:
+    """Let loaders go on where those of the interrupted run were; to be called when there are loaders."""
+    loop = trainer.fit_loop
+    resumed, loop.resumed = loop.resumed, None
+    if resumed is None:
+        return
+    if resumed["training"] is not None and loop.loader is not None:
+        loop.loader.load_state_dict(resumed["training"])
+    trainer._data.load_validation_state(resumed["validation"])
+
+
+def _load_metrics(trainer: Trainer, state: State) -> None:
+    metrics, loop = trainer._metrics, trainer.fit_loop
+    here = dict(_metrics_within(trainer))
+    for name, kept in state["modules"].items():
+        if name in here:
+            _load_metric(here[name], kept)
+    for saved in state["entries"]:
+        entry = _entry(saved, here)
+        loop.entries[entry.scope, entry.name, entry.dataloader_idx] = entry
+    for name in PUBLISHED:
+        getattr(metrics, name).update(state["published"][name])
+    metrics.serial = state["serial"]
+    loop.rows_due = state["rows_due"]
+
+
+def _load_metric(metric: Any, kept: State) -> None:
+    """Give a Metric what it had gathered."""
+    for name, value in kept["state"].items():
+        moved = [each.to(metric.device) for each in value] if isinstance(value, list) else value.to(metric.device)
+        setattr(metric, name, moved)
+    metric._update_count, metric._computed = kept["count"], None
+
+
+def _entry(saved: State, metrics: dict[str, Any]) -> Entry:
+    scope, name, dataloader_idx = saved["key"]
+    entry = Entry(name, scope, dataloader_idx, (), Options(*saved["options"]))
+    if saved["takes_metric"]:
+        entry.take_metric()
+    entry.source = metrics.get(saved["source"])
+    for key in KEPT:
+        setattr(entry, key, saved[key])
+    return entry

@@ -20,11 +20,12 @@ from processes import run
 
 from lightning.fabric.launchers import failures
 from lightning.fabric.side_channel import SideChannel
-from lightning.pytorch.trainer.signals import Decision, Signals, call_scontrol, next_path
+from lightning.pytorch.trainer.signals import Decision, Signals
+from lightning.pytorch.trainer.stopping import call_scontrol, next_path
 
 
 def alone() -> Signals:
-    return Signals([signal.SIGUSR1, signal.SIGTERM], lambda: (0, 0))
+    return Signals([signal.SIGUSR1, signal.SIGTERM], lambda: (0, 0, True))
 
 
 def test_handler_notes_the_signal_and_calls_the_original_one() -> None:
@@ -59,17 +60,28 @@ def test_signals_are_acted_upon_one_after_the_other() -> None:
     assert signals.received == [signal.SIGUSR1, signal.SIGTERM]
 
 
-def test_term_that_comes_too_late_ends_the_process_after_the_run() -> None:
-    child = os.fork()
-    if child == 0:
+def test_term_that_comes_too_late_is_told_when_the_handlers_are_restored() -> None:
+    signals = alone()
+    signals.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.finish()
+    assert not signals.pending
+    assert signals.restore() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_signal_whose_own_handler_was_called_is_not_told_again() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
         signals = alone()
         signals.install()
         os.kill(os.getpid(), signal.SIGTERM)
         signals.finish()
-        signals.restore()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGTERM
+        assert signals.restore() is None
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_handler_that_came_later_stays() -> None:
@@ -129,8 +141,9 @@ class Loop:
     def __init__(self, rank: int, steps: int, evaluations: list[int], lockstep: bool) -> None:
         self.rank, self.steps, self.evaluations, self.lockstep = rank, steps, evaluations, lockstep
         self.step = self.serial = 0
+        self.training = True
         self.channel = SideChannel.to_all()
-        self.signals = Signals([signal.SIGUSR1], lambda: (self.step, self.serial), self.channel, lockstep)
+        self.signals = Signals([signal.SIGUSR1], lambda: (self.step, self.serial, self.training), self.channel, lockstep)
 
     def run(self, signalled_after: float | None = None) -> tuple[int | None, int, int]:
         """Returns the signal and where it stopped: training step, and batches in all; (None, ...) at the end."""
@@ -140,12 +153,14 @@ class Loop:
         try:
             while self.step < self.steps:
                 self.serial += 1
+                self.training = True
                 time.sleep(random.random() * 0.01)
                 torch.distributed.all_reduce(torch.ones(1))
                 self.step += 1
                 if number := self.ask():
                     return number, self.step, self.serial
                 for _ in range(self.evaluations[self.rank] if self.step % 10 == 0 else 0):
+                    self.training = False
                     self.serial += 1
                     time.sleep(random.random() * 0.02)
                     if self.lockstep:

@@ -143,6 +143,7 @@ class ModelCheckpoint(Checkpoint):
         self._validated_step: int | None = None  # the global step of the latest validation run
         self._last_global_step_saved = 0
         self._last_checkpoint_saved = ""  # what `last` may link to
+        self._saved_state: tuple[str, Any] = ("", None)  # the last file from which a run can go on, and from where
         self._told_of_nonfinite = False
         self._forget_run(global_step=0)
 
@@ -317,6 +318,35 @@ class ModelCheckpoint(Checkpoint):
             # Logged, not warned: under `-W error` a warning would take the place of the exception that ended the run.
             log.exception("The state of the interrupted run could not be saved.")
 
+    def save_to_go_on(self, trainer: pl.Trainer) -> str | None:
+        """Save ``last`` where a signal ends the run, whatever else is saved and when; all processes must call it.
+
+        It holds all that a run goes on from, also with ``save_weights_only``. If the last checkpoint that was saved is of this very
+        state, ``last`` becomes a link to it where that is possible.
+
+        Returns:
+            the path; None if training has not begun, or the weights are no numbers.
+        """
+        if self._first_step is None or self._inactive(trainer):
+            return None
+        former, (saved, position) = self.last_model_path, self._saved_state
+        current = saved if position == trainer.fit_loop.progress.position() else ""
+        if current and current == former:
+            return former
+        if not self._finite(trainer):
+            return None
+        path = self._free_path(trainer, self._metrics(trainer), own=former, template=self.CHECKPOINT_NAME_LAST)
+        with self._unchanged_on_error():
+            self.last_model_path, self._last_checkpoint_saved = path, current
+            if not self._link(trainer, path):
+                with looked_at():
+                    trainer.save_checkpoint(path)
+        self._last_global_step_saved = trainer.global_step
+        self._notify(trainer)
+        if former:
+            self._remove(trainer, former, path)
+        return path
+
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on after a restart: scores and paths."""
         return {"monitor": self.monitor, "dirpath": self.dirpath, **{name: getattr(self, name) for name in BOOKS}}
@@ -350,7 +380,7 @@ class ModelCheckpoint(Checkpoint):
         self._first_step = global_step
         self._validated_step = None
         self._top_k_due = self._last_due = self._reported = False
-        self._last_checkpoint_saved = ""
+        self._last_checkpoint_saved, self._saved_state = "", ("", None)
         if self._last_global_step_saved > global_step:  # the callback serves a second run
             self._last_global_step_saved = 0
 
@@ -515,6 +545,8 @@ class ModelCheckpoint(Checkpoint):
         with looked_at():
             trainer.save_checkpoint(path, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
+        if not self.save_weights_only:
+            self._saved_state = (path, trainer.fit_loop.progress.position())
 
     def _link(self, trainer: pl.Trainer, path: str) -> bool:
         target = self._last_checkpoint_saved

@@ -78,6 +78,19 @@ class OnExceptionCheckpoint(Checkpoint):
             # Logged, not warned: under `-W error` a warning would take the place of the exception that ended the run.
             log.exception("No checkpoint of the interrupted run could be saved at %s.", self.ckpt_path)
 
+    def save_to_go_on(self, trainer: pl.Trainer) -> str | None:
+        """Save where a signal ends the run, in place of saving on the exception that then follows; all processes must call it.
+
+        Returns:
+            the path; None if nothing was saved.
+        """
+        training, self._training = self._training, False
+        if not training or nonfinite_parameter(trainer) is not None:
+            return None
+        with looked_at():
+            trainer.save_checkpoint(self.ckpt_path)
+        return self.ckpt_path
+
     def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Remove the file if this run resumed from it and ended well: it has served its purpose."""
         if self._training and trainer.ckpt_path and files.canonical(trainer.ckpt_path) == files.canonical(self.ckpt_path):

@@ -86,6 +86,7 @@ class PredictionLoop:
         """Run through one loader."""
         trainer = self.trainer
         hooks, several = trainer._hooks, len(self.num_batches) > 1
+        metrics, signals = trainer._metrics, trainer._signals
         where = (index,) if several else ()
         bound = trainer.strategy.bind("predict_step")
         takes_index = takes_batch_idx(bound, "predict_step", several)
@@ -111,6 +112,9 @@ class PredictionLoop:
                 self.epoch_batch_indices[index].append(self.current_batch_indices)
             if self.keeps:
                 self._predictions[index].append(move_data_to_device(outputs, "cpu"))
+            metrics.serial += 1
+            if signals is not None and signals.pending:
+                signals.heed(trainer.fit_loop.progress.total_batches, metrics.serial)
 
 
 class RecordedSampler:

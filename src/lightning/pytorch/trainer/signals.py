@@ -2,44 +2,40 @@
 
 A handler only sets an attribute. The loops look at one attribute of their process, :attr:`Signals.pending`, after each batch,
 which takes neither a call nor a collective. The processes agree through their side channel, and only once a signal
-has come to one of them:
+has come to one of them, or one has set ``trainer.should_stop``:
 
 1. Whoever got a signal says so; all threads see it within a second, set ``pending``, and then read how far their process is.
    From here on its main thread stops at its next boundary between two batches, in :meth:`Signals.settle`.
 2. If all main threads have come to a stop after the same training batch, the run stops right here: perhaps inside of a validation.
    Else a process waits in a collective for one that was stopped, and they all go on to the first boundary that nobody can have
    passed: one more than the farthest has counted after ``pending`` was set.
+
+What is done there is up to ``stopping.py``.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.launchers.failures import first_failure
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.side_channel import SideChannel, leave
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-if TYPE_CHECKING:
-    from lightning.pytorch.trainer.trainer import Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.interrupts import Interrupts
 
 LISTEN = 0.5  # seconds between two looks whether a signal has come to any process
 AGREE = 0.1  # the same, once one has
 HOLD = 1.0  # seconds in which all main threads may come to a stop before they are let go on to a common boundary
+HOLD_IN_EVALUATION = 10.0  # the same where a batch need not wait for other processes
 TAKE_OVER = 5.0  # seconds after which another process decides in place of rank 0
+STOP = 1000  # in the place of a signal's number: a process has set `trainer.should_stop`
 GIVE_UP = 60.0  # seconds after which a process goes on that hears nothing from the others
 
 
@@ -69,33 +65,42 @@ class Signals:
 
     Args:
         numbers: the signals.
-        position: the number of training batches, and of batches of any kind, that this process has taken. Called from another thread.
+        position: the number of training batches, and of batches of any kind, that this process has taken, and whether it is training.
+            Called from another thread.
         channel: to the other processes; None if there is one process only.
         act: called with the number of a signal where the run stops.
         lockstep: whether all processes take the same number of batches in evaluation too, since a forward pass needs all of them.
+        trains: whether there are training batches at all.
 
     Attributes:
         pending: True if :meth:`settle` is to be called at the next boundary between two batches.
+        listens: whether the processes hear from each other.
+        is_saved: whether the run was saved for the job that goes on with it, so that its end needs no other checkpoint.
+        in_loop: whether boundaries between batches come. Where none does, Ctrl-C is an error at once, for it has nothing to save.
         received: the signals that were acted upon, or are to be: those that have come to this process, and to others.
     """
 
     def __init__(
         self,
         numbers: Iterable[int],
-        position: Callable[[], tuple[int, int]],
+        position: Callable[[], tuple[int, int, bool]],
         channel: SideChannel | None = None,
         lockstep: bool = False,
         act: Callable[[int], None] | None = None,
+        trains: bool = True,
     ) -> None:
         self.act = act
         self.numbers = list(dict.fromkeys(numbers))
         self.position = position
         self.channel = channel
         self.lockstep = lockstep
-        self.pending = False
+        self.trains = trains
+        self.pending = self.listens = self.in_loop = self.is_saved = False
         self.received: list[int] = []
         self._open: list[int] = []  # those that have come to this process and were not acted upon
         self._originals: dict[int, Any] = {}
+        self._of_children: Any = None  # the handler that is told when a worker of a loader has ended
+        self._interrupts = Interrupts(speaks=channel is None or channel.rank == 0)
         self._owner = os.getpid()
         self._round = 0  # of agreeing
         self._asked = 0.0  # when this process has heard of the round's signal
@@ -111,39 +116,75 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self.numbers:
-            self._originals[number] = signal.getsignal(number)
+            original = signal.getsignal(number)
+            if number == signal.SIGINT and original is not signal.default_int_handler:
+                continue  # somebody else has plans for it, or it is to be ignored, as in the background of a shell
+            self._originals[number] = original
             signal.signal(number, self._note)
+        if signal.SIGINT in self._originals:
+            self._interrupts.start()
         if self.channel is not None:
+            self.listens = True
             self.channel.every(self._listen, LISTEN)
 
-    def restore(self) -> None:
+    def restore(self) -> int | None:
         """Give the signals back to those that had them before, and expect no boundary any more.
 
-        A SIGTERM that has come too late for a boundary then does what it would have done without this class.
+        Returns:
+            the number of a signal that has come too late for a boundary, and would have ended the process without this class.
         """
         if not self._over:
             self.finish()
+        ends: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        late = next((number for number in self._open if number in ends and self._originals.get(number) is ends[number]), None)
+        self._interrupts.stop()
         for number, original in self._originals.items():
             if signal.getsignal(number) == self._note and original is not None:
                 signal.signal(number, original)
-        late = signal.SIGTERM in self._open and self._originals.get(signal.SIGTERM) is signal.SIG_DFL
         self._originals.clear()
-        if late:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self._of_children is not None:
+            signal.signal(signal.SIGCHLD, self._of_children)
+            self._of_children = None
+        return late
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a worker of a loader, which has inherited this handler, and is to be ended
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if os.getpid() != self._owner:
+            # A worker of a loader has inherited this handler. What is sent to a whole group of processes, as by a terminal, must
+            # not end it, for the run needs it up to its stop; its parent ends it with SIGTERM.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
+        original = self._originals.get(number)
+        if number == signal.SIGINT:
+            if self._interrupts.note() > 1 or not self.in_loop:
+                signal.default_int_handler(number, frame)
+        elif callable(original):
+            original(number, frame)
+        self._bear_with_workers()
         for numbers in (self.received, self._open):
             if number not in numbers:
                 numbers.append(number)
         if self.channel is None:
             self.pending = True
-        original = self._originals.get(number)
-        if callable(original):
-            original(number, frame)
+
+    def _bear_with_workers(self) -> None:
+        """Workers may have got the signal too, and end: that is no error as long as no batch is asked of them."""
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if self._of_children is None and callable(handler):
+            self._of_children = handler
+
+            def hear(number: int, frame: FrameType | None) -> None:
+                with suppress(RuntimeError):
+                    handler(number, frame)
+
+            signal.signal(signal.SIGCHLD, hear)
+
+    def ask_for_stop(self) -> None:
+        """Treat ``trainer.should_stop``, set in this process, like a signal that has come to it; the next boundary is right here."""
+        if STOP not in self._open:
+            self._open.append(STOP)
+        self.pending = True
 
     @property
     def requested(self) -> bool:
@@ -195,7 +236,7 @@ class Signals:
 
     def finish(self) -> None:
         """The loop is over: this process comes to no boundary any more."""
-        self._over, self.pending = True, False
+        self._over, self.pending, self.in_loop = True, False, False
         if self.channel is not None:
             self.channel.send(self._key(self.channel.rank), {"done": True})
 
@@ -230,8 +271,9 @@ class Signals:
             return LISTEN
         self._asked = self._asked or time.monotonic()
         self.pending = True
-        step, serial = self.position()  # after `pending` was set: the next boundary is one more at most
-        channel.put(self._key(channel.rank), {"round": round_, "step": step, "serial": serial, "held": self._held})
+        step, serial, training = self.position()  # after `pending` was set: the next boundary is one more at most
+        here = {"round": round_, "step": step, "serial": serial, "training": training, "held": self._held}
+        channel.put(self._key(channel.rank), here)
         decision = channel.get(f"{name}/decision") or self._decide(name, round_, number)
         if decision is not None and round_ == self._round:
             self._decision = Decision(**decision) if decision["number"] else None
@@ -252,89 +294,10 @@ class Signals:
             return None
         if all(each["held"] for each in found) and len({each["step"] for each in found}) == 1:
             decision: dict[str, Any] = {"here": True}
-        elif waited < HOLD:
+        elif waited < (HOLD if any(each["training"] for each in found) else HOLD_IN_EVALUATION):
             return None
-        elif self.lockstep:
+        elif self.lockstep or not self.trains:
             decision = {"serial": max(each["serial"] for each in found) + 1}
         else:
             decision = {"step": max(each["step"] for each in found) + 1}
         return channel.put_first(f"{name}/decision", {"number": number, **decision})
-
-
-# ---- what a signal means ------------------------------------------------------------------------------------------------
-
-
-def signals_of(trainer: Trainer) -> Signals:
-    """The signals that a run of the trainer listens to: SIGTERM, and the one on which SLURM's job is to be requeued."""
-    strategy, progress, metrics = trainer.strategy, trainer.fit_loop.progress, trainer._metrics
-    numbers: list[int] = [signal.SIGTERM]
-    environment = slurm_of(trainer)
-    if environment is not None and environment.requeue_signal is not None:
-        numbers.append(environment.requeue_signal)
-    channel = getattr(strategy, "side_channel", None)
-    return Signals(
-        numbers, lambda: (progress.total_batches, metrics.serial), channel, strategy.forward_is_collective, partial(act, trainer)
-    )
-
-
-def slurm_of(trainer: Trainer) -> SLURMEnvironment | None:
-    """The SLURM job that is put back into the queue before its time is over, if this is one."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if environment is None and SLURMEnvironment.job_id() is not None and SLURMEnvironment.detect():
-        with suppress(RuntimeError):  # of --ntasks without --ntasks-per-node, which is nothing to a run of one process
-            environment = SLURMEnvironment()  # a strategy of one process asks for no environment
-    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
-
-
-def act(trainer: Trainer, number: int) -> None:
-    """Do what the signal asks for, in all processes, between two batches.
-
-    Raises:
-        SIGTERMException: on SIGTERM.
-    """
-    environment = slurm_of(trainer)
-    if environment is not None and number == environment.requeue_signal:
-        requeue(trainer)
-    elif number == signal.SIGTERM:
-        if trainer._signals is not None and trainer._signals.channel is not None:
-            trainer._signals.channel.ends_together = True
-        raise SIGTERMException(128 + number)
-
-
-def requeue(trainer: Trainer) -> None:
-    """Save a checkpoint of a fit, from which the same command goes on, and put the SLURM job back into the queue.
-
-    SLURM then ends the job, with SIGTERM at first, and starts it again when there is room. Until then the run goes on.
-    """
-    if trainer.state.fn == "fit":
-        path = trainer.strategy.broadcast(next_path(trainer) if trainer.is_global_zero else "")
-        rank_zero_info(f"The job's time is nearly over: saving {path}, to go on from there in the next job.")
-        trainer.save_checkpoint(path)
-    if trainer.is_global_zero:
-        call_scontrol()
-
-
-def next_path(trainer: Trainer) -> str:
-    """``hpc_ckpt_N.ckpt`` in the trainer's folder, with the next number."""
-    folder = str(trainer.default_root_dir)
-    filesystem = get_filesystem(folder)
-    names = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
-    numbers = [int(match.group(1)) for name in names if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", str(name)))]
-    return os.path.join(folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
-
-
-def call_scontrol() -> bool:
-    """Have SLURM requeue the job that this process belongs to; returns whether it will. A failure is a warning."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = os.environ.get("SLURM_JOB_ID", "") if task is None else f"{os.environ.get('SLURM_ARRAY_JOB_ID', '')}_{task}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    else:
-        problem = "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
-    if problem:
-        rank_zero_warn(f"The SLURM job {job} could not be requeued: `scontrol requeue {job}` failed ({problem}). Submit it again by hand.")
-        return False
-    rank_zero_info(f"SLURM job {job} was put back into the queue.")
-    return True

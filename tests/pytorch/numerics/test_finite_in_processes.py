@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,8 @@ class Net(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         loss = self.last(self.first(batch)).square().mean() + self.root.sum()
         if self.trainer.global_rank == 1 and batch_idx == 2:
-            if self.what == "gradient":
-                loss = loss + (self.root * 0).square().sum().sqrt()
-            else:
-                loss = loss + float(self.what)  # a constant: the gradients themselves stay finite
+            # A constant that is infinite leaves the gradients themselves finite.
+            loss = loss + ((self.root * 0).square().sum().sqrt() if self.what == "gradient" else float(self.what))
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers()
             optimizer.zero_grad()
@@ -84,7 +83,7 @@ def skipped(rank: int, size: int, kind: str, what: str, manual: bool, accumulate
 def test_all_processes_leave_out_the_same_update(kind: str, what: str, manual: bool, accumulate: int) -> None:
     (copies, told), (others, told_by_the_other) = run(skipped, 2, kind, what, manual, accumulate, timeout=20)
     for held in (copies, others):  # all weights under DDP, a part of them under FSDP
-        changed = [first != second for first, second in zip(held, held[1:])]
+        changed = [first != second for first, second in pairwise(held)]
         assert changed == ([True, False, True, True] if accumulate == 1 else [False, False, False, True])
     assert kind == "fsdp" or copies == others
     assert len(told) == 1

@@ -188,7 +188,7 @@ def test_values_of_the_failed_step_can_be_seen_in_on_exception(Logging: Any, mak
     assert seen == {"x": 2.0, "x_step": 2.0}
 
 
-def test_failing_logger_ends_the_run_and_its_rows_do_not_reach_the_next(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
+def test_rows_that_a_logger_never_took_do_not_reach_it_in_the_next_run(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
     class Failing(Rows):  # type: ignore[misc]
         fails = True
 
@@ -199,11 +199,12 @@ def test_failing_logger_ends_the_run_and_its_rows_do_not_reach_the_next(Logging:
 
     logger = Failing()
     trainer = make_trainer(logger=logger)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.warns(UserWarning, match="disk full"):
         trainer.fit(Logging(), numbers(2), numbers(1))
     logger.fails = False
+    trainer.fit_loop.max_epochs = 2
     trainer.fit(Logging(), numbers(2), numbers(1))
-    assert [step for step, _ in logger.of("x_step")] == [1, 2]
+    assert [step for step, _ in logger.of("x_step")] == [2, 3]
 
 
 def test_validation_steps_of_a_second_fit_go_on_whatever_was_run_between(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
@@ -302,6 +303,7 @@ def test_nothing_piles_up_over_ten_thousand_steps(make_trainer: Any, Rows: Any) 
             self.log("x", self.weight, on_epoch=True, prog_bar=True)
             self.log("y", 1.0, on_epoch=True)
             if batch_idx in (1_000, 9_999):
+                self.trainer.flush_loggers()
                 gc.collect()
                 self.objects.append(len(gc.get_objects()))
             return self.weight * 1.0

@@ -7,6 +7,7 @@ import io
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -68,9 +69,10 @@ class CSVLogger(FolderLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of this run's files; the folder is made when it is first asked for."""
-        if self._experiment is None:
-            self._experiment = ExperimentWriter(self.log_dir)
-        return self._experiment  # type: ignore[no-any-return]
+        with self._lock:
+            if self._experiment is None:
+                self._experiment = ExperimentWriter(self.log_dir)
+            return self._experiment  # type: ignore[no-any-return]
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -93,17 +95,28 @@ class CSVLogger(FolderLogger):
             step: the value of the column ``step``; the number of rows so far if None.
         """
         metrics = add_prefix(flatten_dict(metrics, self.group_separator), self._prefix, self.LOGGER_JOIN_CHAR)
-        if step is None:
-            step = self.experiment.row_count()
-        self.experiment.log_metrics(metrics, step)
-        every = self._flush_logs_every_n_steps
-        if (step + 1) % every == 0 or len(self.experiment.metrics) >= every:
-            self.save()
+        self._catch_up()
+        with self._lock:
+            writer, every = self.experiment, self._flush_logs_every_n_steps
+            if step is None:
+                step = writer.row_count()
+            writer.log_metrics(metrics, step)
+            row = writer.metrics[-1]
+            due = (step + 1) % every == 0 or len(writer.metrics) >= every
+        if due:
+            try:
+                self.save()
+            except BaseException:
+                with self._lock, suppress(ValueError):
+                    writer.metrics.remove(row)  # whoever called hears that it was not taken, and may try again
+                raise
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows that are held back."""
-        self.experiment.save()
+        """Write the rows that are held back, those included that a Trainer has sent and that are still on their way."""
+        self._catch_up()
+        with self._lock:
+            self.experiment.save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -172,11 +185,13 @@ class ExperimentWriter:
             self._append(rows)
         if self._rows_written is not None:
             self._rows_written += len(rows)
-        self.metrics = []
+        del self.metrics[: len(rows)]
 
     def _open(self, mode: str) -> IO[Any]:
         options: dict[str, Any] = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
         if self._fs is None:
+            if mode == "ab+":
+                options["buffering"] = 0  # what could not be written must not be written again by closing the file
             return open(local_path(self.metrics_file_path) or "", mode, **options)
         return self._fs.open(self.metrics_file_path, mode, **options)  # type: ignore[no-any-return]
 
@@ -205,7 +220,16 @@ class ExperimentWriter:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a run that was killed left half a row: it gets a line of its own
                     data = b"\r\n" + data
-            file.write(data)
+            if mode != "ab+":
+                file.write(data)
+                return
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)  # of what the disk still had room for: it is written again with the rest
+                raise
 
     def _rewrite(self, rows: Iterable[list[Any]]) -> None:
         """Write the file anew under ``metrics_keys``: the rows that are in it, then ``rows``."""

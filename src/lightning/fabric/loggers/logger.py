@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,6 +22,10 @@ class Logger(ABC):
     """Writes metrics and hyperparameters somewhere. Subclass it and define ``name``, ``version``, ``log_metrics`` and
     ``log_hyperparams``; the rest is optional.
 
+    Attributes:
+        called_in_background: whether a Trainer may call ``log_metrics`` and ``save`` from a thread of its own, so that training never
+            waits for them. Set it to False in a class that can be called from the main thread only.
+
     Example::
 
         >>> class Printer(Logger):
@@ -31,6 +37,8 @@ class Logger(ABC):
         >>> Printer().log_metrics({"loss": 0.5}, step=3)
         3 {'loss': 0.5}
     """
+
+    called_in_background: bool = True
 
     @property
     @abstractmethod
@@ -110,6 +118,14 @@ class FolderLogger(Logger):
         self._version = version
         self._prefix = prefix
         self._experiment: Any = None
+        self._outbox: Any = None  # rows that are on their way here, while a Trainer runs
+        self._lock = threading.RLock()
+        _loggers.add(self)
+
+    def _catch_up(self) -> None:
+        """Let the rows that a Trainer has sent before get here first; not while the lock is held."""
+        if self._outbox is not None:
+            self._outbox.catch_up()
 
     @property
     def name(self) -> str:
@@ -143,7 +159,26 @@ class FolderLogger(Logger):
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay with the original; a copy opens its own when it first writes.
-        return {**self.__dict__, "_experiment": None}
+        # So do its threads.
+        return {name: value for name, value in {**self.__dict__, "_experiment": None, "_outbox": None}.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+        _loggers.add(self)
+
+
+_loggers: weakref.WeakSet[FolderLogger] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked process, whose parent's threads may hold the locks for ever."""
+    for logger in _loggers:
+        logger._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def next_version(folder: str) -> int:

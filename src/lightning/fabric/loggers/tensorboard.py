@@ -109,10 +109,11 @@ class TensorBoardLogger(FolderLogger):
 
             logger.experiment.add_image("digits", images, step)
         """
-        if self._experiment is None:
-            writer: Any = importlib.import_module(writer_module()).SummaryWriter
-            self._experiment = writer(log_dir=self.log_dir, **self._kwargs)
-        return self._experiment  # type: ignore[no-any-return]
+        with self._lock:
+            if self._experiment is None:
+                writer: Any = importlib.import_module(writer_module()).SummaryWriter
+                self._experiment = writer(log_dir=self.log_dir, **self._kwargs)
+            return self._experiment  # type: ignore[no-any-return]
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -126,6 +127,7 @@ class TensorBoardLogger(FolderLogger):
         Raises:
             ValueError: if a metric is neither a number, nor a one-element tensor, nor a dict of them.
         """
+        self._catch_up()
         for name, value in add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR).items():
             if isinstance(value, Mapping):
                 self.experiment.add_scalars(name, {key: scalar(f"{name}/{key}", v) for key, v in value.items()}, step)
@@ -180,7 +182,8 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the events that are held back."""
+        """Write the events that are held back, those included that a Trainer has sent and that are still on their way."""
+        self._catch_up()
         self.experiment.flush()
 
     @rank_zero_only

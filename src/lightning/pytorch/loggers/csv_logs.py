@@ -85,9 +85,10 @@ class CSVLogger(Logger, FabricCSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of this run's files; the folder is made when it is first asked for."""
-        if self._experiment is None:
-            self._experiment = ExperimentWriter(self.log_dir)
-        return self._experiment  # type: ignore[no-any-return]
+        with self._lock:
+            if self._experiment is None:
+                self._experiment = ExperimentWriter(self.log_dir)
+            return self._experiment  # type: ignore[no-any-return]
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
@@ -97,4 +98,5 @@ class CSVLogger(Logger, FabricCSVLogger):
             params: a value for each name, nested as you like; what is neither a number, a string, a list nor a dict is
                 written in string form.
         """
-        self.experiment.log_hparams(convert_params(params))
+        with self._lock:
+            self.experiment.log_hparams(convert_params(params))

@@ -122,9 +122,10 @@ class TensorBoardLogger(Logger, FabricTensorBoardLogger):
     def save(self) -> None:
         """Write the events that are held back, and ``hparams.yaml`` if there is none or there are new hyperparameters."""
         super().save()
-        if self._hparams_changed:
-            self._write_hparams()
-            self._hparams_changed = False
+        with self._lock:
+            if self._hparams_changed:
+                self._write_hparams()
+                self._hparams_changed = False
 
     def _write_hparams(self) -> None:
         path = join_path(self.log_dir, self.NAME_HPARAMS_FILE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.cloud_io import replacing
@@ -28,8 +28,12 @@ def write_hparams(path: str, hparams: Mapping[str, Any]) -> None:
         yaml.safe_dump(plain_data(hparams), file, allow_unicode=True)
 
 
-def log_hyperparams(trainer: pl.Trainer) -> None:
+def log_hyperparams(trainer: pl.Trainer, call: Callable[..., None] | None = None) -> None:
     """Give each logger the hyperparameters of the module and the datamodule, then the model's graph, then have it save.
+
+    Args:
+        trainer: whose loggers, module and datamodule.
+        call: calls a method of a logger, and gets the logger, the method's name and the arguments; None calls it.
 
     Raises:
         RuntimeError: if both have a hyperparameter of the same name with different values.
@@ -48,11 +52,12 @@ def log_hyperparams(trainer: pl.Trainer) -> None:
                 "that loggers could show only one of them. Rename one, or call `save_hyperparameters(logger=False)` in one."
             )
         hparams = {**(hparams or {}), **initial}
+    call = call or (lambda logger, method, *args: getattr(logger, method)(*args))
     for logger in trainer.loggers:
         if hparams is not None:
-            logger.log_hyperparams({key: value for key, value in hparams.items() if key not in INTERNAL_HPARAMS})
-        logger.log_graph(module)
-        logger.save()
+            call(logger, "log_hyperparams", {key: value for key, value in hparams.items() if key not in INTERNAL_HPARAMS})
+        call(logger, "log_graph", module)
+        call(logger, "save")
 
 
 def same(first: Any, second: Any) -> bool:

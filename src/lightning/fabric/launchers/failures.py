@@ -207,7 +207,9 @@ def first_failure(folder: Path | None = None) -> Failure | None:
 def was_interrupted() -> bool:
     """Whether all that has happened is that the user wants to stop."""
     found = failures()
-    return bool(found) and all(failure.kind == "KeyboardInterrupt" or failure.exit_code == -signal.SIGINT for failure in found)
+    return bool(found) and all(
+        failure.kind == "KeyboardInterrupt" or failure.exit_code in (-signal.SIGINT, 128 + signal.SIGINT) for failure in found
+    )
 
 
 def mark_progress(runs: int) -> None:

@@ -10,9 +10,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -31,7 +33,7 @@ from lightning.fabric.launchers.failures import (
     report_failure,
 )
 from lightning.fabric.launchers.launcher import Launcher, refuse_interactive, variables_of_rank
-from lightning.fabric.launchers.processes import RankProcess, stop, wait, wait_for_leaving
+from lightning.fabric.launchers.processes import TICK, RankProcess, stop, wait, wait_for_leaving
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import require_free_port
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,6 +44,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 POLL = 0.2  # seconds between two looks at what the ranks report
 SETTLE = 1.0  # seconds in which other ranks may end by themselves, and say why, before they are stopped
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that got SIGTERM and has ended in good order
 CALL, RESULT = "call.pt", "result.pt"
 UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 
@@ -101,21 +104,28 @@ class MultiprocessingLauncher(Launcher):
             RuntimeError: if CUDA is in use and the processes are to be forked, or the port to meet at is in use.
             MisconfigurationException: if something else has started the processes already, or this is a notebook and the
                 processes are not forked.
-            PicklingError: (of ``pickle``) if the function or its arguments can't be sent to a fresh interpreter.
+            SystemExit: with exit code 143 if this process got SIGTERM, once the ranks, to which that was passed on, have ended by it.
+        PicklingError: (of ``pickle``) if the function or its arguments can't be sent to a fresh interpreter.
             ValueError: if the cluster contradicts ``num_processes`` and ``num_nodes``.
         """
         self._check()
         folder = Path(tempfile.mkdtemp(prefix="keraunos-run-"))
+        terminated = PassedOn(self)
+        terminated.install()
         try:
             self._start((function, args, kwargs), folder)
             self._supervise(folder)
             result: R = torch.load(folder / RESULT, map_location="cpu", weights_only=False)
             return result
         except KeyboardInterrupt:
-            self.kill(signal.SIGINT)
-            wait(self._ranks, 5 * SETTLE)
+            self._let_stop()
+            raise
+        except ProcessExitedException as error:
+            if terminated.heard and error.exit_code in (TERMINATED, -signal.SIGTERM):
+                raise SystemExit(TERMINATED) from error
             raise
         finally:
+            terminated.restore()
             stop(self._ranks, self._patience)
             self._ranks = []
             shutil.rmtree(folder, ignore_errors=True)
@@ -124,6 +134,17 @@ class MultiprocessingLauncher(Launcher):
         """Send a signal to all ranks that are still running."""
         for rank in self._ranks:
             rank.signal(signum)
+
+    def _let_stop(self) -> None:
+        """Ctrl-C has reached this process alone: pass it on, and let the ranks stop where they want to. A second one ends the waiting."""
+        self.kill(signal.SIGINT)
+        ended: float | None = None
+        while any(rank.is_running for rank in self._ranks):
+            if ended is None and not all(rank.is_running for rank in self._ranks):
+                ended = time.monotonic()  # the others may wait in vain for one that is gone
+            if ended is not None and time.monotonic() - ended > self.shutdown_timeout:
+                return
+            time.sleep(TICK)
 
     @property
     def _patience(self) -> float:
@@ -222,6 +243,34 @@ class MultiprocessingLauncher(Launcher):
             )
 
 
+class PassedOn:
+    """A handler of SIGTERM that passes it on to the ranks, so that they can end in good order before this process does.
+
+    Args:
+        launcher: whose ranks they are.
+    """
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.heard = self._installed = False
+
+    def install(self) -> None:
+        """Take over the signal, unless somebody else has; only the main thread may."""
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._installed = True
+            signal.signal(signal.SIGTERM, self)
+
+    def restore(self) -> None:
+        """Give it back."""
+        if self._installed and signal.getsignal(signal.SIGTERM) is self:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Pass the signal on."""
+        self.heard = True
+        self.launcher.kill(number)
+
+
 def as_exception(failure: Failure, message: str, place: int, pid: int) -> ProcessRaisedException | ProcessExitedException:
     """Return the error that ``torch.multiprocessing`` would raise, with our message."""
     code = failure.exit_code
@@ -279,6 +328,8 @@ def run_rank(folder: Path, variables: dict[str, str], parent: int, call: Call | 
     rank_zero_only.rank = int(variables[RUN_RANK])  # type: ignore[attr-defined]
     # A fork has none of the threads of its parent's pool, and waits for them for ever if it may use more than one.
     torch.set_num_threads(1 if call is not None else int(variables["OMP_NUM_THREADS"]))
+    if isinstance(signal.getsignal(signal.SIGTERM), PassedOn):  # inherited by a fork
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     mark_progress(0)
     try:
         function, args, kwargs = call if call is not None else torch.load(folder / CALL, weights_only=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from lightning.fabric.launchers.failures import EXIT, STILL, failures
+from lightning.fabric.launchers.failures import STILL, failures
 
 TICK = 0.05  # seconds between two looks
 
@@ -93,7 +93,7 @@ def wait_for_leaving(processes: Iterable[RankProcess], seconds: float, folder: P
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        leaving = {failure.rank for failure in failures(folder) if failure.kind not in (EXIT, STILL)}
+        leaving = {failure.rank for failure in failures(folder) if failure.kind != STILL}
         if not any(process.is_running and process.rank in leaving for process in processes):
             return
         time.sleep(TICK)

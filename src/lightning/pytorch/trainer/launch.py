@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,14 +11,18 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 R = TypeVar("R")
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 def launch(trainer: Trainer, entry: Callable[..., R], *args: Any) -> R:
@@ -30,11 +35,19 @@ def launch(trainer: Trainer, entry: Callable[..., R], *args: Any) -> R:
         trainer: whose strategy knows how processes are started.
         entry: a bound method of the trainer.
         args: its arguments.
+
+    Raises:
+        SIGTERMException: if the processes with copies have ended by SIGTERM, sent to this process or to any of them.
     """
     launcher = trainer.strategy.launcher
     if not getattr(launcher, "runs_copies", False):
         return launcher.launch(_here, trainer, entry, args)  # type: ignore[no-any-return]
-    outcome: Outcome = launcher.launch(_in_copy, trainer, entry, args)
+    try:
+        outcome: Outcome = launcher.launch(_in_copy, trainer, entry, args)
+    except (SystemExit, ProcessExitedException) as error:
+        if (error.code if isinstance(error, SystemExit) else error.exit_code) != TERMINATED:
+            raise
+        raise SIGTERMException(TERMINATED) from error
     outcome.take_over(trainer, next((arg for arg in args if hasattr(arg, "load_state_dict")), None))
     return outcome.result  # type: ignore[no-any-return]
 

@@ -62,6 +62,8 @@ def act(trainer: Trainer, number: int) -> None:
     elif number in (signal.SIGTERM, signal.SIGINT):
         is_saved = trainer._signals is not None and trainer._signals.is_saved
         path = None if is_saved else save(trainer)
+        trainer.strategy.checkpoint_io.wait()
+        trainer.strategy.barrier()  # nobody leaves before it is on the disk
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if path is not None:
             rank_zero_info(f"{name}: the run ends here, and is saved at {path}; fit(ckpt_path='last') goes on from there.")

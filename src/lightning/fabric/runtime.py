@@ -214,8 +214,9 @@ def _equip(strategy: Strategy, accelerator: Accelerator, precision: Any, parts: 
         strategy.precision = build_precision(precision, accelerator, plugin)
     elif (plugin is not None and plugin is not own) or (precision is not None and parse_precision(precision) != own.precision):
         raise MisconfigurationException(
-            f"The strategy brings the precision {own.precision!r}, and the Trainer was given "
-            f"{f'precision={precision!r}' if plugin is None else f'the plugin {type(plugin).__name__}'}. Leave one of them out."
+            f"The strategy brings the precision {own.precision!r}, and "
+            f"{f'precision={precision!r}' if plugin is None else f'the plugin {type(plugin).__name__}'} was given beside it. "
+            "Leave one of them out."
         )
     if parts.checkpoint_io is not None:
         if strategy._checkpoint_io not in (None, parts.checkpoint_io):
@@ -231,6 +232,8 @@ def _place(strategy: ParallelStrategy, devices: list[torch.device], num_nodes: i
     if given is not None and strategy.cluster_environment not in (None, given):
         raise MisconfigurationException("A ClusterEnvironment was given both to the strategy and in plugins. Leave one of them out.")
     strategy.cluster_environment = given or strategy.cluster_environment or _environment()
+    if strategy.cluster_environment is None:
+        _check_group(len(devices), num_nodes)
     if parts.layer_sync is not None and sync_batchnorm:
         raise MisconfigurationException(
             f"sync_batchnorm=True was given, and so was the plugin {type(parts.layer_sync).__name__}, which does the same in its own way. "
@@ -244,6 +247,17 @@ def _place(strategy: ParallelStrategy, devices: list[torch.device], num_nodes: i
     if strategy.cluster_environment is not None:
         strategy.set_world_ranks()
         strategy.configure_launcher()
+
+
+def _check_group(devices: int, num_nodes: int) -> None:
+    """Compare the arguments with the group that the user's own code has let this process join."""
+    size = torch.distributed.get_world_size()
+    if size != num_nodes * devices:
+        raise MisconfigurationException(
+            f"{devices} devices on each of {num_nodes} machines make {num_nodes * devices} processes, and this process is already in a "
+            f"process group of {size}, which your program has made. Give devices and num_nodes whose product is {size}, or call "
+            "torch.distributed.destroy_process_group() before."
+        )
 
 
 def _environment() -> ClusterEnvironment | None:

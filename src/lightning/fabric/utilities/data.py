@@ -204,7 +204,7 @@ def _rebuild_batch_sampler(batch_sampler: Any, sampler: Any) -> Any:
         raise TypeError(
             f"replace_sampler: the batch sampler {kind.__name__} has no attributes `sampler`, `batch_size` and `drop_last`, so "
             "another sampler can't be put into it. Derive it from torch.utils.data.BatchSampler, or choose the samples of each "
-            "process yourself and pass Trainer(use_distributed_sampler=False)."
+            "process yourself and pass use_distributed_sampler=False."
         )
     parameters = inspect.signature(kind).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

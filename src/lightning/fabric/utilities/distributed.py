@@ -49,7 +49,7 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         if sized_len(sampler) is None:
             raise TypeError(
                 f"The sampler {type(sampler).__name__} has no `__len__`, so its indices can't be shared out among processes. Give it "
-                "a length, or choose the samples of each process yourself and pass Trainer(use_distributed_sampler=False)."
+                "a length, or choose the samples of each process yourself and pass use_distributed_sampler=False."
             )
         super().__init__(sampler, *args, **kwargs)  # type: ignore[arg-type]  # it asks for the length alone
 

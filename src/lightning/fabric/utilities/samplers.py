@@ -143,5 +143,5 @@ def _require_length(sampler: Any) -> None:
     if sized_len(sampler) is None:
         raise TypeError(
             f"The sampler {type(sampler).__name__} has no `__len__`, so its indices can't be shared out among processes. Give it "
-            "a length, or choose the samples of each process yourself and pass Trainer(use_distributed_sampler=False)."
+            "a length, or choose the samples of each process yourself and pass use_distributed_sampler=False."
         )

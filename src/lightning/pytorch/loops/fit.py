@@ -27,6 +27,7 @@ from lightning.pytorch.loops.batches import counted, looked_ahead
 from lightning.pytorch.loops.evaluate import metrics_held
 from lightning.pytorch.loops.progress import FitProgress, Next
 from lightning.pytorch.loops.schedulers import Schedulers
+from lightning.pytorch.loops.together import end_epoch_together
 from lightning.pytorch.metric_entry import Entry
 from lightning.pytorch.trainer.states import RunningStage
 
@@ -88,7 +89,7 @@ class FitLoop:
         if self.finished():
             return
         run_epoch = bind.profiled(self.trainer, self.run_epoch, "run_training_epoch")
-        self.log_step = max(p.stepped - 1, 0)
+        self.log_step = p.stepped - 1 if p.updates and p.stepped else p.stepped  # that of the batch taken last
         metrics.restart_flush(p.stepped)
         if self.rows_due:
             metrics.flush_at, self.rows_due = p.stepped, False
@@ -131,6 +132,7 @@ class FitLoop:
             metrics.serial += 1
             self.log_step = p.stepped
             if hooks.on_train_batch_start(batch, p.batch_idx) == -1:
+                end_epoch_together(trainer)
                 self.schedulers.step_epoch()
                 break
             self.step(batch)  # automatic_step or manual_step

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import checkpoint as ckpt
@@ -15,8 +17,11 @@ from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
+from lightning.pytorch.data import TrainLoader
+from lightning.pytorch.delivery import describe
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
 from lightning.pytorch.loops.bind import profiled
+from lightning.pytorch.loops.memory_report import explained
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.position import position_of
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
@@ -24,6 +29,8 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerSta
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
+# Whose frames hold iterators, and nothing that anybody would look for in an error.
+OWN_CODE = (str(Path(__file__).parents[1]), str(Path(torch.utils.data.__file__).parent))
 
 STAGES = {
     TrainerFn.FITTING: RunningStage.TRAINING,
@@ -45,7 +52,8 @@ def running(
 ) -> Iterator[None]:
     """Everything around the loop of one call, in the order in which it happens.
 
-    Inside the context the loop runs; whatever fails, callbacks hear of it, loggers are closed, and the device is freed.
+    Inside the context the loop runs; whatever fails, callbacks hear of it, loggers are closed, and the device is freed. The first
+    error is what the caller gets: what fails after it is a note of it, and a warning.
     """
     state = trainer.state
     state.fn, state.status, state.stage = function, TrainerStatus.RUNNING, STAGES[function]
@@ -57,12 +65,18 @@ def running(
         with ExitStack() as contexts:
             if trainer._config.detect_anomaly:
                 contexts.enter_context(torch.autograd.set_detect_anomaly(True))
+            contexts.enter_context(boundaries(trainer))
             yield
         finish(trainer)
     except BaseException as error:
-        fail(trainer, error)
+        told = explained(trainer, error)  # an error of memory says more, as long as everything is still there
+        fail(trainer, told)
+        if told is not error:
+            raise told from error
         raise
     state.status, state.stage = TrainerStatus.FINISHED, None
+    if (late := stop_listening(trainer)) is not None:
+        raise late  # a signal came when the run was all but over; the script shall end all the same
 
 
 # ---- before ---------------------------------------------------------------------------------------------------------
@@ -130,9 +144,11 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         rank = trainer.local_rank if trainer.world_size > 1 else None
         trainer._profiler.setup(stage=trainer.state.fn, local_rank=rank, log_dir=trainer.log_dir)
     prepare_data(trainer)
+    heed(trainer)
     for logger in trainer.loggers:
-        _ = getattr(logger, "experiment", None)  # created before setup, so that hooks may use it
+        trainer._metrics.delivery.begin(logger)  # its experiment, which hooks may use
     call_stage_hooks(trainer, "setup")
+    heed(trainer)
     with strategy.module_init_context():
         module.configure_model()
         if override_of(module, "configure_sharded_model", LightningModule) is not None:
@@ -149,7 +165,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     if trainer.enable_autolog_hparams and trainer.loggers:
         from lightning.pytorch.loggers.utilities import log_hyperparams
 
-        log_hyperparams(trainer)  # with the model's graph, in the precision that it now has
+        log_hyperparams(trainer, trainer._metrics.delivery.begin)  # with the model's graph, in the precision that it now has
     trainer._hooks = Hooks(trainer, module, trainer.callbacks, trainer._metrics, trainer._profiler)
     if fitting:
         set_up_optimizers(trainer)
@@ -167,17 +183,37 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
 
 def listen(trainer: Trainer) -> None:
     """Take note of signals that ask for a stop, from here to the end of the run."""
-    from lightning.pytorch.trainer.signals import signals_of
+    from lightning.pytorch.trainer.stopping import signals_of
 
     trainer._signals = signals_of(trainer)
     trainer._signals.install()
 
 
-def stop_listening(trainer: Trainer) -> None:
-    """Give the signals back to those that had them before."""
-    if trainer._signals is not None:
-        trainer._signals.restore()
-        trainer._signals = None
+@contextmanager
+def boundaries(trainer: Trainer) -> Iterator[None]:
+    """Where boundaries between batches come, at which a signal can end the run; the first of them is here."""
+    from lightning.pytorch.trainer.stopping import blamed_on_signal
+
+    with blamed_on_signal(trainer):
+        heed(trainer)
+        trainer._signals.in_loop = True  # type: ignore[union-attr]
+        yield
+
+
+def heed(trainer: Trainer) -> None:
+    """Heed a signal before the first batch."""
+    signals = trainer._signals
+    if signals is not None and signals.pending:
+        signals.heed(trainer.fit_loop.progress.total_batches, trainer._metrics.serial)
+
+
+def stop_listening(trainer: Trainer) -> BaseException | None:
+    """Give the signals back to those that had them before; returns what one means that has come too late to end the run before its time."""
+    from lightning.pytorch.trainer.stopping import error_of
+
+    signals, trainer._signals = trainer._signals, None
+    number = signals.restore() if signals is not None else None
+    return None if number is None else error_of(number)
 
 
 def prepare_data(trainer: Trainer) -> None:
@@ -205,12 +241,22 @@ def call_stage_hooks(trainer: Trainer, name: str) -> None:
     stage = trainer.state.fn
     assert stage is not None
     module, datamodule = trainer.lightning_module, trainer.datamodule
+    calls: list[Any] = []
+    if datamodule is not None:
+        calls.append(profiled(trainer, getattr(datamodule, name), f"[LightningDataModule]{type(datamodule).__name__}.{name}"))
+    for callback in trainer.callbacks:
+        call = profiled(trainer, getattr(callback, name), f"[Callback]{callback.state_key}.{name}")
+        calls.append(partial(call, trainer, module))
+    calls.append(profiled(trainer, getattr(module, name), f"[LightningModule]{type(module).__name__}.{name}"))
     with in_scope(trainer, name):
-        if datamodule is not None:
-            profiled(trainer, getattr(datamodule, name), f"[LightningDataModule]{type(datamodule).__name__}.{name}")(stage=stage)
-        for callback in trainer.callbacks:
-            profiled(trainer, getattr(callback, name), f"[Callback]{callback.state_key}.{name}")(trainer, module, stage=stage)
-        profiled(trainer, getattr(module, name), f"[LightningModule]{type(module).__name__}.{name}")(stage=stage)
+        for index, call in enumerate(calls):
+            try:
+                call(stage=stage)
+            except BaseException as error:
+                if name == "teardown":  # the others free what they hold all the same
+                    for other in calls[index + 1 :]:
+                        attempt(error, other, stage=stage)
+                raise
 
 
 def set_up_optimizers(trainer: Trainer) -> None:
@@ -233,12 +279,12 @@ def finish(trainer: Trainer) -> None:
     """The hooks of the end, then free everything."""
     if trainer.state.fn is TrainerFn.FITTING:
         trainer._hooks.on_fit_end()
-    stop_listening(trainer)
+    trainer._signals.finish()  # type: ignore[union-attr]
     call_stage_hooks(trainer, "teardown")
     trainer.strategy.checkpoint_io.wait()
-    trainer._metrics.settle()
+    trainer._metrics.close()
     for logger in trainer.loggers:
-        logger.finalize("success")
+        attempt(None, trainer._metrics.delivery.finalize, logger, "success")
     if trainer._profiler is not None:
         trainer._profiler.describe()
         trainer._profiler.teardown(stage=trainer.state.fn)
@@ -252,29 +298,75 @@ def fail(trainer: Trainer, error: BaseException) -> None:
         from lightning.fabric.launchers.failures import report_failure
 
         report_failure(error)  # first of all: the other processes are waiting for this one
-        trainer.strategy.on_exception(error)
-    stop_listening(trainer)
-    module = trainer.strategy.lightning_module
+        attempt(error, trainer.strategy.on_exception, error)
+    attempt(error, stop_listening, trainer)
+    module, metrics = trainer.strategy.lightning_module, trainer._metrics
     if isinstance(error, KeyboardInterrupt):
         rank_zero_info("Interrupted: the run ends here, and everything is closed.")
-
-    def attempt(action: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            action(*args, **kwargs)
-        except Exception as second:
-            with suppress(Warning):  # where warnings are errors, the rest of the end must happen all the same
-                name = getattr(action, "__qualname__", action)
-                rank_zero_warn(f"While the run was being ended by {type(error).__name__}, {name} raised {second!r}.")
-
     if module is not None and module.__dict__.get("_trainer") is trainer:
         for callback in trainer.callbacks:
-            attempt(callback.on_exception, trainer, module, error)
+            attempt(error, callback.on_exception, trainer, module, error)
     if trainer.datamodule is not None:
-        attempt(trainer.datamodule.on_exception, error)
-    attempt(trainer._metrics.settle)
-    trainer._metrics.entries, trainer._metrics.scope, trainer.state.stage = None, None, None
+        attempt(error, trainer.datamodule.on_exception, error)
+    attempt(error, metrics.close)
+    attempt(error, metrics.delivery.abandon)  # where the user did not want to wait for the loggers
+    metrics.entries, metrics.scope, metrics.batch, trainer.state.stage = None, None, None, None
     for logger in trainer.loggers:
-        attempt(logger.finalize, "failed")
+        attempt(error, metrics.delivery.finalize, logger, "failed")
     if trainer._profiler is not None:
-        attempt(trainer._profiler.teardown, stage=trainer.state.fn)
-    attempt(trainer.strategy.teardown)
+        attempt(error, trainer._profiler.teardown, stage=trainer.state.fn)
+    attempt(error, trainer.strategy.teardown)
+    attempt(error, free_loaders, trainer, error)
+
+
+def attempt(cause: BaseException | None, action: Any, *args: Any, **kwargs: Any) -> None:
+    """Do something at the end of a run; if it fails, that is told, and the rest of the end happens all the same.
+
+    Args:
+        cause: why the run ends: gets a note of the error. None if there is no error.
+        action: what is to be done, with its arguments.
+        args: the positional ones.
+        kwargs: the named ones.
+    """
+    try:
+        action(*args, **kwargs)
+    except BaseException as second:
+        if second is cause:  # a hook that has raised again what it was told
+            return
+        if cause is None and not isinstance(second, Exception):  # Ctrl-C
+            raise
+        action = getattr(action, "func", action)  # of a partial
+        name = f"{type(args[0]).__name__}.finalize" if "finalize" in str(action) else getattr(action, "__qualname__", repr(action))
+        when = f"ended by {type(cause).__name__}" if cause is not None else "closed"
+        text = f"While the run was being {when}, {name} raised {describe(second)}"
+        if cause is not None:
+            add_note(cause, text)
+        with suppress(Warning):  # where warnings are errors
+            rank_zero_warn(text)
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Have a text printed below the error; Python 3.10 keeps it, and does not print it."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
+def free_loaders(trainer: Trainer, error: BaseException) -> None:
+    """End the worker processes of the run's loaders: neither the loaders nor the error's frames keep them any longer."""
+    for stage in trainer._data.loaded.values():
+        for loader in stage.combined.flattened if isinstance(stage, TrainLoader) else stage.loaders:
+            if getattr(loader, "_iterator", None) is not None and isinstance(loader, DataLoader):
+                loader._iterator = None  # persistent ones
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        place = cause.__traceback__
+        while place is not None:
+            if place.tb_frame.f_code.co_filename.startswith(OWN_CODE):
+                with suppress(RuntimeError):  # still running
+                    place.tb_frame.clear()
+            place = place.tb_next
+        cause = cause.__cause__ or cause.__context__

@@ -85,6 +85,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._told: list[tuple[str, BaseException, bool]] = []  # errors of which nobody has heard, and whether they are raised
         self._order = GO_ON
         self._wake = threading.Event()
+        self._acting = False  # the first of these is being done
         self._pausing = False  # a save has failed, and is tried again later
         self._leaving = False
         self.troubled = False
@@ -247,13 +248,15 @@ class BackgroundCheckpointIO(CheckpointIO):
                     self._failed, self._path, self._spare = False, None, None
                     return
                 about, action = self._after[0]
+                self._acting = True
             error: BaseException | None = None
             try:
                 done = action() is not False
             except BaseException as caught:
                 done, error = True, caught
             with self._lock:
-                if done and self._after and self._after[0] == (about, action):
+                self._acting = False
+                if done:
                     self._after.pop(0)
                 if done and error is None:
                     continue
@@ -303,13 +306,14 @@ class BackgroundCheckpointIO(CheckpointIO):
         about = os.fspath(path)
         with self._lock:
             if self._path is not None or self._spare is not None or self._failed:
-                earlier = [place for place, (other, _) in enumerate(self._after) if other == about and place > 0]
+                earlier = [place for place, (other, _) in enumerate(self._after) if other == about and (place > 0 or not self._acting)]
                 if earlier:
                     self._after[earlier[0]] = about, action
                 else:
                     self._after.append((about, action))
                 return
-            self._after = [(other, waiting) for other, waiting in self._after if other != about]
+            if not self._acting:
+                self._after = [(other, waiting) for other, waiting in self._after if other != about]
         action()
 
     def is_pending(self, path: PathLike) -> bool:

@@ -21,7 +21,6 @@ from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.delivery import describe
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
 from lightning.pytorch.loops.bind import profiled
-from lightning.pytorch.loops.memory_report import explained
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.position import position_of
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
@@ -55,12 +54,15 @@ def running(
     Inside the context the loop runs; whatever fails, callbacks hear of it, loggers are closed, and the device is freed. The first
     error is what the caller gets: what fails after it is a note of it, and a warning.
     """
+    from lightning.pytorch.loops.memory_report import explained  # now: when memory has run out, there may be none for an import
+
     state = trainer.state
     state.fn, state.status, state.stage = function, TrainerStatus.RUNNING, STAGES[function]
     trainer.should_stop = False
     try:
         attach(trainer, module, datamodule)
-        path = trainer._ckpt_path = ckpt.resolve_path(trainer, ckpt_path, model_given)
+        meet(trainer)
+        path = trainer._ckpt_path = ckpt.path_for_all(trainer, ckpt_path, model_given)
         set_up(trainer, path, weights_only)
         with ExitStack() as contexts:
             if trainer._config.detect_anomaly:
@@ -129,15 +131,20 @@ def add_configured_callbacks(trainer: Trainer, module: LightningModule) -> None:
     checks.check_state_keys(trainer.callbacks)
 
 
-def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
-    """Environment, data, hooks, model, weights, optimizers: ready for the first batch."""
-    strategy, module = trainer.strategy, trainer.lightning_module
-    fitting = trainer.state.fn is TrainerFn.FITTING
+def meet(trainer: Trainer) -> None:
+    """Make the device ready, and meet the other processes."""
+    strategy = trainer.strategy
     strategy.setup_environment()
     if strategy.accelerator is not None:
         strategy.accelerator.setup(trainer)
     if strategy.is_distributed:
         strategy.watch(partial(position_of, trainer))
+
+
+def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
+    """Data, hooks, model, weights, optimizers: ready for the first batch."""
+    strategy, module = trainer.strategy, trainer.lightning_module
+    fitting = trainer.state.fn is TrainerFn.FITTING
     listen(trainer)
     trainer._metrics.strategy, trainer._metrics.module = strategy if strategy.is_distributed else None, module
     if trainer._profiler is not None:

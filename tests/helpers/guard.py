@@ -104,7 +104,7 @@ OWN = {"torch", "lightning", "encodings", "zoneinfo", "importlib", "traceback", 
 def _within(path: Any, own: str) -> bool:
     if isinstance(path, int):
         return True
-    return os.path.realpath(os.fsdecode(path)).startswith((os.path.realpath(own) + os.sep, "/dev/null"))
+    return (os.path.realpath(os.fsdecode(path)) + os.sep).startswith((os.path.realpath(own) + os.sep, "/dev/null/"))
 
 
 def _resident() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ from trainers import quiet
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loops.memory_report import explained
+
+
+@pytest.fixture(autouse=True)
+def no_garbage() -> None:
+    """What other tests have left behind would be among the largest tensors."""
+    gc.collect()
 
 
 def exhaust() -> None:

@@ -138,12 +138,14 @@ class NotedModel(LightningModule):
         self.notes.append("module")
 
 
-@pytest.mark.parametrize("event", ["on_train_start", "on_validation_end"])
-def test_callbacks_come_in_their_order_before_the_module(event: str) -> None:
+@pytest.mark.parametrize(
+    ("event", "order"), [("on_train_start", ["a", "b", "saver", "module"]), ("on_validation_end", ["a", "b", "module", "saver"])]
+)
+def test_callbacks_come_in_their_order_before_the_module_and_savers_where_they_save_after_it(event: str, order: list[str]) -> None:
     notes: list[str] = []
     hooks = hooks_of(NotedModel(notes), Noted("a", notes), Noted("b", notes), NotedCheckpoint("saver", notes))
     getattr(hooks, event)()
-    assert notes == ["a", "b", "saver", "module"]
+    assert notes == order
 
 
 def test_checkpoints_have_an_event_of_their_own_after_the_modules_epoch_end() -> None:

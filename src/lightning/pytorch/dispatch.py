@@ -21,6 +21,8 @@ Hook = Callable[..., Any]
 
 SETTABLE_HOOKS = frozenset((*EVENT_HOOKS, *MODULE_HOOKS, *DATA_HOOKS, "clip_gradients"))
 
+SAVED_AT = ("on_train_batch_end", "on_validation_end")  # where checkpoint callbacks come after the module, beside the epoch's end
+
 # Removed hooks of the module whose results code relies on, and where they were called; the other removed ones only warn.
 REFUSED_HOOKS = {"training_epoch_end": ("fit",), "validation_epoch_end": ("fit", "validate"), "test_epoch_end": ("test",)}
 
@@ -41,8 +43,8 @@ def override_of(owner: Any, name: str, base: type) -> Hook | None:
 class Hooks:
     """One attribute for each event: call it with the arguments of the module's hook of that name.
 
-    For each event the callbacks come in their order, then the module. The checkpoint callbacks' ``on_train_epoch_end`` is
-    an event of its own, ``on_train_epoch_end_checkpoints``: it comes after the module's.
+    For each event the callbacks come in their order, then the module. Where checkpoint callbacks save, they come after the module, so that
+    a checkpoint holds what its hook did; their ``on_train_epoch_end`` is an event of its own, ``on_train_epoch_end_checkpoints``.
 
     Args:
         trainer: passed to the callbacks as their first argument.
@@ -60,12 +62,12 @@ class Hooks:
 
     def _resolve_all(self, callbacks: Sequence[Callback]) -> None:
         trainer, module, metrics, profiler = self._context
-        # What a checkpoint callback saves must hold what module and schedulers did at the epoch's end.
+        # What a checkpoint callback saves must hold what the module, and at the epoch's end schedulers, did.
         savers = [c for c in callbacks if isinstance(c, Checkpoint)]
         others = [c for c in callbacks if not isinstance(c, Checkpoint)]
         for name in EVENT_HOOKS:
-            heard = others if name == "on_train_epoch_end" else callbacks
-            setattr(self, name, _resolve(name, trainer, module, heard, metrics, profiler))
+            heard, last = (others, []) if name == "on_train_epoch_end" else (others, savers) if name in SAVED_AT else (callbacks, [])
+            setattr(self, name, _resolve(name, trainer, module, heard, metrics, profiler, last))
         self.on_train_epoch_end_checkpoints = _resolve("on_train_epoch_end", trainer, None, savers, metrics, profiler)
         self._owners = [module, *callbacks]
         self._set_on_instances = _set_on_instances(self._owners)
@@ -92,21 +94,38 @@ def _set_on_instances(owners: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _resolve(
-    name: str, trainer: Any, module: LightningModule | None, callbacks: Sequence[Callback], metrics: Metrics, profiler: Any
+    name: str,
+    trainer: Any,
+    module: LightningModule | None,
+    callbacks: Sequence[Callback],
+    metrics: Metrics,
+    profiler: Any,
+    last: Sequence[Callback] = (),
 ) -> Hook:
-    """The function of one event; ``module`` is None where only callbacks are asked."""
+    """The function of one event: callbacks, the module, and callbacks that come after it.
+
+    ``module`` is None where only callbacks are asked.
+    """
+    functions = _heard(callbacks, name, trainer, profiler)
+    own = override_of(module, name, LightningModule) if module is not None and hasattr(LightningModule, name) else None
+    if own is not None and profiler is not None:
+        own = spanned(own, profiler, f"[LightningModule]{type(module).__name__}.{name}")
+    if after := _heard(last, name, trainer, profiler):
+        functions, own = [*functions, *([] if own is None else [own]), *after], None
+    if not functions:
+        return no_op if own is None else scoped(own, name, metrics)
+    return scoped(_chain(functions, own), name, metrics)
+
+
+def _heard(callbacks: Sequence[Callback], name: str, trainer: Any, profiler: Any) -> list[Hook]:
+    """The functions of those callbacks that listen to an event."""
     functions: list[Hook] = []
     for callback in callbacks:
         function = override_of(callback, name, Callback)
         if function is not None:
             function = partial(function, trainer, trainer.lightning_module)
             functions.append(function if profiler is None else spanned(function, profiler, f"[Callback]{callback.state_key}.{name}"))
-    own = override_of(module, name, LightningModule) if module is not None and hasattr(LightningModule, name) else None
-    if own is not None and profiler is not None:
-        own = spanned(own, profiler, f"[LightningModule]{type(module).__name__}.{name}")
-    if not functions:
-        return no_op if own is None else scoped(own, name, metrics)
-    return scoped(_chain(functions, own), name, metrics)
+    return functions
 
 
 def _chain(functions: list[Hook], own: Hook | None) -> Hook:

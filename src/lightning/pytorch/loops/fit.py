@@ -358,7 +358,7 @@ class FitLoop:
             return
         self.trainer._data.reload_val_if_due(self.progress.epoch)
         self.before_validation = resume.before_validation(self.trainer)
-        if self.progress.updates:  # in the middle of an accumulation window the gradients are still needed
+        if self.progress.updates and self.metrics.batch is not None:  # a resumed run has no gradients yet; in mid-window they are needed
             with self.trainer._in_stage(RunningStage.VALIDATING):
                 self.free_gradients()
         self.trainer.validate_loop.run(finishing=self.after_validation)

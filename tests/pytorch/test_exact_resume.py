@@ -1,0 +1,188 @@
+"""A run that is interrupted anywhere and resumed ends with the same bits, the same samples, the same hooks and the same rows."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.core.hooks import EVENT_HOOKS
+
+BATCHES = 5  # in an epoch
+EPOCHS = 2
+
+
+class Noisy(Dataset[Any]):
+    """Samples with their numbers, and noise from all three generators."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        noise = torch.rand(()) + random.random() + np.random.rand()
+        return index, torch.tensor([float(index), 1.0]) + 0.1 * noise.float()
+
+
+class Model(LightningModule):
+    """Everything that has a state: dropout, batch normalisation, moments, schedulers of all kinds, Metrics, running means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+        self.mean = torchmetrics.MeanMetric()
+        self.both = torchmetrics.MetricCollection({"mae": torchmetrics.MeanAbsoluteError(), "mse": torchmetrics.MeanSquaredError()})
+        self.register_buffer("batches_ended", torch.zeros(()))
+        self.ids: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        ids, x = batch
+        self.ids += ids.tolist()
+        y = self.layers(x + 0.01 * torch.randn_like(x)).squeeze(1)
+        loss = nn.functional.mse_loss(y, x[:, 0].sin())
+        self.both.update(y, x[:, 0])
+        self.mean.update(loss)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("seldom", 2.0 * batch_idx, on_step=False, on_epoch=True) if batch_idx == 0 else None
+        self.log("mean", self.mean, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches_ended += 1
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.both.compute())
+        self.both.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        ids, x = batch
+        self.log("val", nn.functional.mse_loss(self.layers(x).squeeze(1), x[:, 0]) + torch.rand(()))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+        on_step = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+        on_epoch = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)
+        by_loss = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=0)
+        by_val = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=0)
+        return [optimizer], [
+            {"scheduler": on_step, "interval": "step"},
+            on_epoch,
+            {"scheduler": by_loss, "interval": "step", "monitor": "loss"},
+            {"scheduler": by_val, "monitor": "val"},
+        ]
+
+
+class Trace(Callback):
+    """Remembers which hooks ran, from the start of training to its end."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Any] = []
+        for name in EVENT_HOOKS:
+            if hasattr(Callback, name):
+                setattr(self, name, self._noting(name))
+
+    def _noting(self, name: str) -> Any:
+        def note(trainer: Any, *_: Any) -> None:
+            p = trainer.fit_loop.progress
+            self.hooks.append((name, p.epoch, p.batch_idx, p.global_step))
+
+        return note
+
+
+class Interruption(Exception):
+    """Ends a run."""
+
+
+class Interrupt(Checkpoint):
+    """Saves at the n-th event, counted over all hooks at whose end something may be saved, and ends the run there."""
+
+    HOOKS = ("on_train_epoch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+
+    def __init__(self, at: int) -> None:
+        self.at, self.events = at, 0
+        for name in self.HOOKS:
+            setattr(self, name, self._event)
+
+    def _event(self, trainer: Any, *_: Any) -> None:
+        self.events += 1
+        if self.events == self.at:
+            trainer.save_checkpoint("saved.ckpt")
+            raise Interruption
+
+
+WITHIN = (
+    "on_train_start",
+    "on_fit_start",
+    "setup",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_end",
+    "on_fit_end",
+    "teardown",
+)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "validation in mid-epoch": {"val_check_interval": 2},
+    "accumulation": {"accumulate_grad_batches": 2, "val_check_interval": 3},
+    "limits": {"limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 2},
+    "clipping": {"gradient_clip_val": 0.1, "val_check_interval": 4, "check_val_every_n_epoch": None},
+}
+
+
+def loaders(workers: int) -> tuple[Any, Any]:
+    arguments: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    train = DataLoader(Noisy(BATCHES * 2), batch_size=2, shuffle=True, drop_last=True, **arguments)
+    return train, DataLoader(Noisy(4), batch_size=2, **arguments)
+
+
+class Run:
+    """One call of fit, and what it left behind."""
+
+    def __init__(self, make_trainer: Any, Rows: Any, at: int = 0, ckpt_path: Any = None, workers: int = 0, seed: int = 1, **settings: Any):
+        seed_everything(seed, verbose=False)
+        self.rows, self.trace, self.model, interrupt = Rows(), Trace(), Model(), Interrupt(at)
+        callbacks = [self.trace, EarlyStopping("val", patience=100), interrupt]
+        self.trainer = make_trainer(max_epochs=EPOCHS, logger=self.rows, callbacks=callbacks, enable_checkpointing=True, **settings)
+        try:
+            self.trainer.fit(self.model, *loaders(workers), ckpt_path=ckpt_path)
+            self.interrupted = False
+        except Interruption:
+            self.interrupted = True
+        self.events = interrupt.events
+        self.hooks = [call for call in self.trace.hooks if call[0] not in WITHIN]
+
+
+def assert_as_if_never_interrupted(whole: Run, first: Run, second: Run, where: Any) -> None:
+    assert first.interrupted and not second.interrupted, where
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), (where, name)
+    assert first.model.ids + second.model.ids == whole.model.ids, where
+    # A hook of a beginning that saves begins anew; those of an end are done.
+    done = first.hooks[:-1] if first.hooks[-1][0] == "on_train_epoch_start" else first.hooks
+    assert done + second.hooks == whole.hooks, where
+    assert first.rows.rows + second.rows.rows == whole.rows.rows, where
+    metrics, expected = second.trainer.callback_metrics, whole.trainer.callback_metrics
+    assert metrics.keys() == expected.keys() and all(torch.equal(metrics[name], expected[name]) for name in metrics), where
+    assert second.trainer.callbacks[1].state_dict().keys() == whole.trainer.callbacks[1].state_dict().keys()
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_a_run_that_is_interrupted_between_any_two_events_goes_on_exactly(make_trainer: Any, Rows: Any, name: str) -> None:
+    whole = Run(make_trainer, Rows, **SETTINGS[name])
+    assert whole.events > 2 * EPOCHS
+    for at in range(1, whole.events + 1):
+        first = Run(make_trainer, Rows, at, **SETTINGS[name])
+        second = Run(make_trainer, Rows, ckpt_path="saved.ckpt", seed=99, **SETTINGS[name])
+        assert_as_if_never_interrupted(whole, first, second, (name, at, first.hooks[-1]))

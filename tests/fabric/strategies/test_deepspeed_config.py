@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,42 @@ def test_code_in_any_of_the_files_is_found_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"mkdir in zero_pp_rank_1_mp_rank_00_optim_states\.pt.*weights_only=False"):
         directories.refuse("saved.ckpt", found)
     assert not Path("touched").exists()
+
+
+def test_a_pickle_that_changes_a_class_that_is_allowed_is_found(tmp_path: Path) -> None:
+    path = directory(tmp_path)
+    class_of_deepspeed, new_attributes = b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n", b"N}X\x01\x00\x00\x00xNs\x86"
+    with zipfile.ZipFile(path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02" + class_of_deepspeed + new_attributes + b"b.")
+        file.writestr("archive/version", "3\n")
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert "zero_pp_rank_0" in str(directories.suspicious(str(path / "checkpoint")))
+
+
+def test_code_in_a_folder_of_a_universal_checkpoint_is_found(tmp_path: Path) -> None:
+    path = directory(tmp_path)
+    (path / "checkpoint_universal" / "zero" / "weight").mkdir(parents=True)
+    (path / "latest_universal").write_text("checkpoint_universal")
+    assert directories.open_together(path, None, Alone()).tag == "checkpoint"
+    torch.save(Touching(), path / "checkpoint_universal" / "zero" / "weight" / "fp32.pt")
+    with pytest.raises(pickle.UnpicklingError, match=r"mkdir in zero/weight/fp32\.pt"):
+        directories.open_together(path, None, Alone())
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize("tag", ["../elsewhere", "/elsewhere", "..", "", "link"])
+def test_a_folder_elsewhere_is_not_read(tag: str, tmp_path: Path) -> None:
+    path = directory(tmp_path)
+    (path / "link").symlink_to(tmp_path)
+    (path / "latest").write_text(tag)
+    with pytest.raises(RuntimeError, match="not its own"):
+        directories.open_checkpoint(path)
+
+
+class Alone:
+    """A strategy of one process, as far as reading asks for it."""
+
+    global_rank, world_size = 0, 1
 
 
 @pytest.mark.parametrize(

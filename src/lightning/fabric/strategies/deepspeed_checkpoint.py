@@ -11,6 +11,7 @@ import contextlib
 import io as streams
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 TAG = "checkpoint"
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
 MODEL_STATES, OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 
 # What DeepSpeed writes into the file of model states; the rest is ours.
@@ -161,26 +163,30 @@ def open_checkpoint(path: io.PathLike, tag: str | None = None, weights_only: boo
     return SavedCheckpoint(os.path.dirname(folder), os.path.basename(folder), facts, rest)
 
 
-def tag_folder(path: io.PathLike, tag: str | None = None) -> str:
+def tag_folder(path: io.PathLike, tag: str | None = None, latest: str = LATEST) -> str:
     """The folder in a checkpoint directory that holds the files.
 
     Args:
         path: of the directory.
         tag: the name of the folder; None for the one that the file ``latest`` names.
+        latest: the name of that file.
 
     Raises:
         FileNotFoundError: if there is none.
+        DamagedCheckpoint: if the file names a folder elsewhere.
     """
     directory = os.path.abspath(local_path(path) or os.fspath(path))
     if tag is None:
         try:
-            with open(os.path.join(directory, LATEST)) as file:
-                tag = file.read().strip()
+            with open(os.path.join(directory, latest), errors="replace") as file:
+                tag = file.read(4096).strip()
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{directory!r} is no DeepSpeed checkpoint, or one that was not saved to its end: it has no file {LATEST!r}. "
+                f"{directory!r} is no DeepSpeed checkpoint, or one that was not saved to its end: it has no file {latest!r}. "
                 "Give the directory that the checkpoint was saved as, or the name of a folder in it as the tag."
             ) from None
+        if os.path.basename(tag) != tag or tag in ("", ".", "..") or os.path.islink(os.path.join(directory, tag)):
+            raise io.DamagedCheckpoint(f"The DeepSpeed checkpoint {directory!r} refers to the folder {tag!r}, which is not its own.")
     folder = os.path.join(directory, tag)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"The DeepSpeed checkpoint {directory!r} has no folder {tag!r}. Was it copied completely?")
@@ -208,24 +214,48 @@ def open_together(path: io.PathLike, weights_only: bool | None, strategy: Any) -
     """
     saved = open_checkpoint(path, weights_only=weights_only)
     if weights_only is not False:
-        found = suspicious(saved.folder, lambda files: files[strategy.global_rank :: strategy.world_size])
-        refuse(saved.folder, next((each for each in gather_object(found) if each), None))
+        for folder in dict.fromkeys((saved.folder, *_universal_folder(saved.path))):
+            found = suspicious(folder, lambda files: files[strategy.global_rank :: strategy.world_size])
+            refuse(folder, next((each for each in gather_object(found) if each), None))
     return saved
 
 
+def _universal_folder(directory: str) -> list[str]:
+    """The folder that DeepSpeed reads instead, if the run asks for a universal checkpoint, and there is one."""
+    return [tag_folder(directory, latest=LATEST_UNIVERSAL)] if os.path.isfile(os.path.join(directory, LATEST_UNIVERSAL)) else []
+
+
 def suspicious(folder: str, share: Callable[[list[str]], Iterable[str]] = iter) -> str | None:
-    """A class or function in a checkpoint that unpickling it would call, and that is neither torch's nor DeepSpeed's; None if none is.
+    """What in a checkpoint can't be read safely, and would be when DeepSpeed unpickles it; None if nothing is.
+
+    Each file is read as torch's safe reader does it, with its tensors left on the disk: to look for names in it would not be enough, since
+    also harmless classes and functions can be changed by what a pickle does with them.
 
     Args:
-        folder: with the files.
+        folder: with the files, and with folders of them in a universal checkpoint.
         share: picks those that this process looks through.
     """
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
-    for name in share(files):
-        for found in torch.serialization.get_unsafe_globals_in_checkpoint(os.path.join(folder, name)):
-            if found not in HARMLESS:
-                return f"{found} in {name}"
+    files: list[str] = []
+    for place, folders, names in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                return f"a link to another folder, {name!r},"
+        files += [os.path.relpath(os.path.join(place, name), folder) for name in names if name.endswith(".pt")]
+    for name in share(sorted(files)):
+        try:
+            with torch.serialization.safe_globals([(Held, known) for known in HARMLESS]):
+                io.load(os.path.join(folder, name), "meta", mmap=True, verify=False)
+        except (pickle.UnpicklingError, io.DamagedCheckpoint) as error:
+            found = re.search(r" holds (\S+) that", str(error))
+            return f"{found[1] if found else 'something'} in {name}"
     return None
+
+
+class Held:
+    """What :func:`suspicious` makes in the place of objects of DeepSpeed's."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
 
 
 def refuse(folder: str, found: str | None) -> None:

@@ -176,6 +176,8 @@ class MapStyle:
 
     def state_between(self) -> State:
         """What the next pass depends on, after this one."""
+        if self.indices.drawn and self.indices.drawn == sized_len(self.indices.inner):
+            self.indices.reach_end()  # the loop is about to ask for more than there is, which moves a sampler's generator on
         return {
             "batches": None,
             "generators": states_of(self._generators()),

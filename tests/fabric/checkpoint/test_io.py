@@ -297,6 +297,28 @@ def test_damaged_download_is_not_kept(web: tuple[str, Path, list[str]]) -> None:
     assert load(f"{url}/model.ckpt") == {"epoch": 1}
 
 
+@pytest.mark.parametrize("old_format", [False, True])
+def test_download_that_has_changed_on_the_disk_is_fetched_again(old_format: bool, web: tuple[str, Path, list[str]], tmp_path: Path) -> None:
+    url, folder, requests = web
+    torch.save({"epoch": 1}, folder / "model.ckpt", _use_new_zipfile_serialization=not old_format)
+    load(f"{url}/model.ckpt")
+    (cached,) = [path for path in tmp_path.glob("hub/checkpoints/*") if path.suffix == ".ckpt"]
+    torch.save({"epoch": 2}, cached, _use_new_zipfile_serialization=not old_format)
+    assert load(f"{url}/model.ckpt") == {"epoch": 1}
+    assert load(f"{url}/model.ckpt") == {"epoch": 1}
+    assert len(requests) == 2
+
+
+def test_half_a_download_of_the_old_format_is_not_kept(web: tuple[str, Path, list[str]]) -> None:
+    url, folder, _ = web
+    torch.save({"w": torch.ones(1000)}, folder / "whole.ckpt", _use_new_zipfile_serialization=False)
+    (folder / "model.ckpt").write_bytes((folder / "whole.ckpt").read_bytes()[:-500])
+    with pytest.raises(RuntimeError, match=r"model\.ckpt"):
+        load(f"{url}/model.ckpt")
+    (folder / "model.ckpt").write_bytes((folder / "whole.ckpt").read_bytes())
+    assert torch.equal(load(f"{url}/model.ckpt")["w"], torch.ones(1000))
+
+
 # --- the plugin -----------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from lightning.fabric.checkpoint.format import decode, encode
 from lightning.fabric.checkpoint.pickles import refuse_endless
 from lightning.fabric.checkpoint.seal import ZIP_MAGIC, DamagedCheckpoint, Generation, Sealing
 from lightning.fabric.checkpoint.temporary import REPLACED, temporary_name
-from lightning.fabric.utilities.cloud_io import get_filesystem, local_path
+from lightning.fabric.utilities.cloud_io import get_filesystem, local_path, replacing
 
 PathLike = Union[str, "os.PathLike[str]"]
 MapLocation = Any  # a device, a name of one, a dict of names, or a function (storage, location) -> storage; None keeps locations
@@ -299,7 +299,7 @@ def _load_from_web(url: str, map_location: MapLocation, trusted: bool, verify: b
     # The whole URL is in the name: two files called model.ckpt are two files.
     name = f"{hashlib.sha256(url.encode()).hexdigest()}-{os.path.basename(urlsplit(url).path)[-100:]}"
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if not os.path.exists(cached):
+    if not _is_as_downloaded(cached):
         os.makedirs(os.path.dirname(cached), exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, cached, progress=False)
@@ -308,12 +308,27 @@ def _load_from_web(url: str, map_location: MapLocation, trusted: bool, verify: b
             if error.code in (404, 410):
                 raise FileNotFoundError(errno.ENOENT, "Checkpoint file not found", url) from None
             raise
+        with replacing(cached + SUM) as sum_file:
+            sum_file.write("{} {}".format(*seal.checksum_of(cached)))
     try:
         with open(cached, "rb") as file:
             return _read(file, repr(url), map_location, trusted, verify)
-    except DamagedCheckpoint:
+    except RuntimeError:
         os.unlink(cached)  # a broken download must not be there the next time
         raise
+
+
+SUM = ".sum"  # ends the name of the file that holds size and checksum of a download
+
+
+def _is_as_downloaded(path: str) -> bool:
+    """Whether a file is there, and is still what was downloaded."""
+    try:
+        with open(path + SUM, encoding="utf-8") as file:
+            size, crc32 = map(int, file.read(100).split())
+        return seal.checksum_of(path) == (size, crc32)
+    except (OSError, ValueError):
+        return False
 
 
 def _read(file: IO[bytes], name: str, map_location: MapLocation, trusted: bool, verify: bool, mapped: str | None = None) -> Any:
@@ -491,8 +506,8 @@ class CheckpointIO(ABC):
         """
         action()
 
-    def is_pending(self, path: PathLike) -> bool:
-        """Whether a save to this path is under way in the background."""
+    def is_pending(self, path: PathLike | None = None) -> bool:
+        """Whether a save to this path, or to any, is under way in the background."""
         return False
 
     def poll(self) -> None:

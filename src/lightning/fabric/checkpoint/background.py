@@ -316,10 +316,12 @@ class BackgroundCheckpointIO(CheckpointIO):
                 self._after = [(other, waiting) for other, waiting in self._after if other != about]
         action()
 
-    def is_pending(self, path: PathLike) -> bool:
-        """Whether a save to this path is under way, or is to be tried again."""
+    def is_pending(self, path: PathLike | None = None) -> bool:
+        """Whether a save to this path, or to any, is under way, or is to be tried again, or something waits that is about it."""
         with self._lock:
-            return os.fspath(path) in (self._path, self._spare)
+            if path is None:
+                return self._path is not None or self._spare is not None or self._failed or bool(self._after)
+            return os.fspath(path) in (self._path, self._spare, *(about for about, _ in self._after))
 
     def poll(self) -> None:
         """Raise the error of a save that has failed, if none has heard of it yet; warn of it if it is tried again. It never waits.

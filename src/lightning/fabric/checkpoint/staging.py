@@ -87,7 +87,8 @@ class Staging:
         source = tensor.detach()
         if type(source) is not Tensor and hasattr(source, "__tensor_flatten__"):  # such as a DTensor: what it consists of is copied
             names, context = source.__tensor_flatten__()
-            parts = {name: self._tensor(getattr(source, name)) for name in names}
+            found = {name: getattr(source, name) for name in names}  # tensors, and perhaps the mesh of devices
+            parts = {name: self._tensor(part) if isinstance(part, Tensor) else part for name, part in found.items()}
             kind: Any = type(source)
             result: Tensor = kind.__tensor_unflatten__(parts, context, source.size(), source.stride())
         elif type(source) is not Tensor or not tensor_is_plain(source):

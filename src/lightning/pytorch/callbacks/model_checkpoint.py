@@ -253,13 +253,16 @@ class ModelCheckpoint(Checkpoint):
         if saves:
             files.prepare_folder(trainer, self.dirpath)
         may_collide = saves and self.save_top_k != 0
-        if may_collide and trainer.is_global_zero and files.holds_files(self.dirpath):
+        resumed = trainer.ckpt_path is not None and files.within(trainer.ckpt_path, self.dirpath)  # whose files they are
+        if may_collide and not resumed and trainer.is_global_zero and files.holds_files(self.dirpath):
             then = "gets a version" if self._enable_version_counter else "is overwritten"
             rank_zero_warn(f"The checkpoint folder {self.dirpath} is not empty: a name that is taken {then}.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._forget_run(trainer.global_step)
+        if trainer.validation_due and self._schedule.within_epochs and self._schedule.batch_due(trainer):
+            self._top_k_due = self._last_due = True  # a resumed run comes to the validation for which the batch's save was put off
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if steps or time say so; after the validation run if one follows this batch at once."""
@@ -552,7 +555,7 @@ class ModelCheckpoint(Checkpoint):
         target = self._last_checkpoint_saved
         writer = trainer.strategy.checkpoint_io
         local, local_target = local_path(path), local_path(target)
-        if trainer.is_global_zero and target and writer.is_pending(target) and local is not None and local_target is not None:
+        if trainer.is_global_zero and target and writer.is_pending() and local is not None and local_target is not None:
             # A link to a file that is not there yet, in place of one to a file that is, would be the end of a run killed now.
             writer.after_saves(path, partial(files.link_to_saved, local_target, local))
             return _of_rank_0(trainer, True)

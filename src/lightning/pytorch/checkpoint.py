@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning._version import KERAUNOS_VERSION, __version__
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -40,7 +42,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         "pytorch-lightning_version": __version__.split("+")[0],
         "state_dict": strategy.lightning_module_state_dict(),
         "loops": _loops_state(trainer),
-        "keraunos": {"version": KERAUNOS_VERSION, "format": FORMAT},
+        "keraunos": {"version": KERAUNOS_VERSION, "torch": str(torch.__version__), "format": FORMAT},
     }
     if not weights_only:
         checkpoint["callbacks"] = _callback_states(trainer)
@@ -62,6 +64,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
         checkpoint["keraunos"]["processes"] = resume.states(trainer)
+        checkpoint["keraunos"]["versions"] = [getattr(logger, "_version", None) for logger in trainer.loggers]
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", None)
@@ -155,6 +158,7 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
             "To start anew from its weights, use `Model.load_from_checkpoint(path)`."
         )
     names = checkpoint.get("keraunos", {})
+    _compare_code(names)
     optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
     _compare("optimizers", names.get("optimizers"), checkpoint["optimizer_states"], optimizers)
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
@@ -168,6 +172,15 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if state is not None:
         strategy.precision.load_state_dict(state)
     strategy.load_accumulated_gradients(names.get("gradients", {}))
+
+
+def _compare_code(saved: dict[str, Any]) -> None:
+    """Tell where other code than that which saved the checkpoint goes on from it."""
+    here = {"version": KERAUNOS_VERSION, "torch": str(torch.__version__)}
+    others = [f"{name} {saved[name]} then, {version} now" for name, version in here.items() if saved.get(name, version) != version]
+    if others:
+        told = "; ".join(others).replace("version", "keraunos", 1)
+        rank_zero_warn(f"The checkpoint was saved by other code ({told}): the run goes on from it, but perhaps not bit for bit.")
 
 
 def _compare(what: str, saved: list[str] | None, states: list[Any], here: list[str]) -> None:
@@ -230,89 +243,6 @@ def progress_of_lightning(checkpoint: Checkpoint, accumulate: int = 1) -> dict[s
         "stepped": stepped + 1 if updated else stepped,
         "next": Next.EPOCH_END if ended else Next.BATCH,
     }
-
-
-# ---- ckpt_path ------------------------------------------------------------------------------------------------------
-
-
-def resolve_path(trainer: Trainer, ckpt_path: Any, model_given: bool) -> Any:
-    """The checkpoint that ``ckpt_path`` means: a path or URL, ``"best"``, ``"last"``, ``"hpc"``, or none.
-
-    Args:
-        trainer: whose callbacks know the best and the last.
-        ckpt_path: what was given to fit, validate, test or predict.
-        model_given: whether a model was given too; without one, evaluation means the best of the last fit.
-
-    Raises:
-        ValueError: if there is no such checkpoint.
-    """
-    function = trainer.state.fn.value if trainer.state.fn is not None else "fit"
-    fitting = function == "fit"
-    call = f".{function}(ckpt_path={ckpt_path!r})"
-    if ckpt_path is None and (model_given or fitting):
-        return None
-    if ckpt_path is None:
-        if not (trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path):  # type: ignore[attr-defined]
-            return None
-        rank_zero_warn(
-            f"`{call}` was called without a model: the best checkpoint of the last fit is loaded. To use the weights as they are, "
-            "pass the model; to say it explicitly, pass ckpt_path='best'."
-        )
-        ckpt_path = "best"
-    if ckpt_path == "best":
-        return _best(trainer, call)
-    if ckpt_path == "last":
-        return _last(trainer, call)
-    if ckpt_path == "hpc":
-        found = _newest_hpc(trainer)
-        if found is None:
-            raise ValueError(f"`{call}`: there is no checkpoint hpc_ckpt_*.ckpt in {trainer.default_root_dir}.")
-        return found
-    if ckpt_path == "":
-        raise ValueError(f"`{call}`: an empty path is no checkpoint; leave ckpt_path out to start without one.")
-    if not isinstance(ckpt_path, str) and not hasattr(ckpt_path, "__fspath__"):
-        raise TypeError(f"`{call}`: ckpt_path must be a path, a URL, 'best', 'last' or 'hpc'.")
-    return ckpt_path
-
-
-def _best(trainer: Trainer, call: str) -> str:
-    callbacks = [c for c in trainer.checkpoint_callbacks if hasattr(c, "best_model_path")]
-    if not callbacks:
-        raise ValueError(f"`{call}`: the trainer has no ModelCheckpoint that could know which is best. Add one, or pass a path.")
-    if len(callbacks) > 1:
-        rank_zero_warn(f"`{call}`: there are {len(callbacks)} checkpoint callbacks; the best of the first one is used.")
-    path = str(callbacks[0].best_model_path)
-    if not path:
-        hint = " fast_dev_run saves no checkpoints." if trainer.fast_dev_run else ""
-        raise ValueError(f"`{call}`: no best checkpoint was saved yet.{hint} Call fit first, or pass a path.")
-    return path
-
-
-def _last(trainer: Trainer, call: str) -> str | None:
-    from lightning.fabric.checkpoint.generations import newest_valid
-    from lightning.fabric.utilities.cloud_io import get_filesystem
-
-    candidates: set[str] = set()
-    for callback in trainer.checkpoint_callbacks:
-        finder = getattr(callback, "_find_last_checkpoints", None)
-        candidates.update(str(path) for path in (finder(trainer) if finder is not None else ()) if get_filesystem(path).exists(path))
-    if not candidates:
-        rank_zero_warn(f"`{call}`: no last checkpoint was found, so none is loaded.")
-        return None
-    return newest_valid(candidates)
-
-
-def _newest_hpc(trainer: Trainer) -> str | None:
-    """The one with the highest number of those that preempted jobs left whole in the run's folder."""
-    from glob import escape
-
-    from lightning.fabric.checkpoint.generations import newest_valid
-    from lightning.fabric.utilities.cloud_io import join_path
-
-    try:
-        return newest_valid(join_path(escape(str(trainer.default_root_dir)), "hpc_ckpt_*.ckpt"), by_name=True)
-    except FileNotFoundError:
-        return None
 
 
 def announce(path: Any, fitting: bool) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import checkpoint as ckpt
 from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.ckpt_path import go_on_logging, path_for_all
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
@@ -62,7 +63,9 @@ def running(
     try:
         attach(trainer, module, datamodule)
         meet(trainer)
-        path = trainer._ckpt_path = ckpt.path_for_all(trainer, ckpt_path, model_given)
+        path = trainer._ckpt_path = path_for_all(trainer, ckpt_path, model_given)
+        if ckpt_path == "auto" and path is not None:
+            go_on_logging(trainer, path)
         set_up(trainer, path, weights_only)
         with ExitStack() as contexts:
             if trainer._config.detect_anomaly:

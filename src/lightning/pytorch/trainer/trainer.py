@@ -217,7 +217,10 @@ class Trainer(TrainerAttributes):
             train_dataloaders: the training loader: any iterable, or a collection of them; or a datamodule.
             val_dataloaders: the validation loader, or a sequence of them.
             datamodule: gives the loaders instead.
-            ckpt_path: continue from this checkpoint: a path, a URL, ``"best"``, ``"last"`` or ``"hpc"``.
+            ckpt_path: continue from this checkpoint: a path, a URL, ``"best"``, ``"last"``, ``"hpc"``, or ``"auto"``: the newest whole
+                checkpoint of this run, if there is any yet. So the same command starts a run, and goes on with it exactly
+                when it was interrupted. Checkpoints are looked for where the run's callbacks save them, in folders of all versions of
+                its logger too, and by the names ``last`` and ``hpc_ckpt_N`` in ``default_root_dir``: give each run its own.
             weights_only: False unpickles anything in the checkpoint: only for sources you trust. None means True.
 
         Raises:

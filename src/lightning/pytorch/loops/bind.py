@@ -239,7 +239,7 @@ def guards(trainer: Trainer, loop: FitLoop) -> list[Any]:
     """What was asked for to stand around a step, each with ``wrap(loop)`` and ``finish()``."""
     config, found = trainer._config, list[Any]()
     if config.on_out_of_memory == "split_batch":
-        from lightning.pytorch.loops.memory import BatchSplitter
+        from lightning.pytorch.loops.splitting import BatchSplitter
 
         found.append(BatchSplitter(trainer, loop))
     if config.on_nonfinite is not None:

@@ -60,7 +60,8 @@ STAGES = {
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a device, or of the machine, is not enough."""
-    return is_cuda_out_of_memory(error) or is_out_of_cpu_memory(error)
+    libraries = isinstance(error, RuntimeError) and "STATUS_ALLOC_FAILED" in str(error)  # cuBLAS and cuDNN
+    return libraries or is_cuda_out_of_memory(error) or is_out_of_cpu_memory(error)
 
 
 def explained(trainer: Trainer, error: BaseException) -> BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ class Buffers:
         modules: whose own buffers, without those of their children.
     """
 
-    def __init__(self, modules: list[Module]) -> None:
+    def __init__(self, modules: Iterable[Module]) -> None:
         self.held = [(module, dict(module._buffers)) for module in modules if module._buffers]
         self.copies = {buffer: buffer.detach().clone() for _, held in self.held for buffer in held.values() if buffer is not None}
 
@@ -69,7 +69,7 @@ def without_trace(module: Module, metrics: Any, device: torch.device) -> Iterato
     """
     from lightning.pytorch.loops.evaluate import metrics_held
 
-    states, buffers = RandomStates(device), Buffers(list(module.modules()))
+    states, buffers = RandomStates(device), Buffers(module.modules())
     outer = metrics.scope, metrics.batch, metrics.batch_size
     try:
         with metrics.discarding(), metrics_held(module):

@@ -379,8 +379,10 @@ class Metrics:
 
     def close(self) -> None:
         """Deliver everything that was sent, and wait for the loggers."""
-        self._deliver(wait=True)
-        self.delivery.close()
+        try:
+            self._deliver(wait=True)
+        finally:  # whatever became of the device
+            self.delivery.close()
 
     def close_epoch(self) -> None:
         """From here on the epoch's values count: hooks of the epoch's end see them."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from lightning.fabric.utilities.loader_state import ResumableLoader
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import checkpoint as ckpt
 from lightning.pytorch.callbacks.callback import Callback
@@ -299,6 +300,7 @@ def finish(trainer: Trainer) -> None:
         trainer._profiler.describe()
         trainer._profiler.teardown(stage=trainer.state.fn)
     trainer.strategy.teardown()
+    free_loaders(trainer)
 
 
 def fail(trainer: Trainer, error: BaseException) -> None:
@@ -326,7 +328,8 @@ def fail(trainer: Trainer, error: BaseException) -> None:
     if trainer._profiler is not None:
         attempt(error, trainer._profiler.teardown, stage=trainer.state.fn)
     attempt(error, trainer.strategy.teardown)
-    attempt(error, free_loaders, trainer, error)
+    attempt(error, free_loaders, trainer)
+    attempt(error, free_frames, error)
 
 
 def attempt(cause: BaseException | None, action: Any, *args: Any, **kwargs: Any) -> None:
@@ -363,12 +366,18 @@ def add_note(error: BaseException, text: str) -> None:
         error.__notes__ = [*getattr(error, "__notes__", ()), text]
 
 
-def free_loaders(trainer: Trainer, error: BaseException) -> None:
-    """End the worker processes of the run's loaders: neither the loaders nor the error's frames keep them any longer."""
+def free_loaders(trainer: Trainer) -> None:
+    """End the worker processes of the run's loaders, persistent ones too."""
     for stage in trainer._data.loaded.values():
-        for loader in stage.combined.flattened if isinstance(stage, TrainLoader) else stage.loaders:
-            if getattr(loader, "_iterator", None) is not None and isinstance(loader, DataLoader):
-                loader._iterator = None  # persistent ones
+        for loader in stage.parts if isinstance(stage, TrainLoader) else stage.sources:
+            if isinstance(loader, ResumableLoader):
+                loader.close()
+            elif isinstance(loader, DataLoader):
+                loader._iterator = None
+
+
+def free_frames(error: BaseException) -> None:
+    """Let go of what the loops' frames hold, as long as somebody keeps the error: iterators with worker processes, and batches."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

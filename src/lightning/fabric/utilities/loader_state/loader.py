@@ -77,6 +77,12 @@ class ResumableLoader:
         self.cursor = batches.cursor
         return batches
 
+    def close(self) -> None:
+        """End the workers that stay between passes; where the loader is can still be asked."""
+        for loader in (self.loader, getattr(self.source, "clone", None)):
+            if isinstance(loader, DataLoader):
+                loader._iterator = None
+
     def state_dict(self, batches: int | None = None, over: bool = False) -> State:
         """Where the loader is, as tensors and plain data.
 

@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults test-deepspeed test-xla lint types check format bench clean
+.PHONY: help venv demo test test-faults test-deepspeed test-xla test-s3 lint types check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,16 @@ test-xla: .venv-xla/.installed ## run the tests under torch_xla, on its CPU devi
 	@.venv-xla/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-xla
 	.venv-xla/bin/python -m pip install --disable-pip-version-check --extra-index-url https://download.pytorch.org/whl/cpu $(XLA_NEEDS)
 	.venv-xla/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# s3fs wants an older dateutil than constraints.txt has: so it gets an environment of its own.
+test-s3: export OMP_NUM_THREADS = 1
+test-s3: .venv-s3/.installed ## run the tests of remote checkpoints, against an S3 server of their own, in .venv-s3
+	.venv-s3/bin/python -m pytest $(or $(ARGS),tests/pytorch/trainer/test_saving_remotely.py)
+
+.venv-s3/.installed: pyproject.toml
+	@.venv-s3/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-s3
+	.venv-s3/bin/python -m pip install --disable-pip-version-check -e '.[dev,s3]' 'moto[s3]' flask flask-cors
 	@touch $@
 
 test-faults: export OMP_NUM_THREADS = 1

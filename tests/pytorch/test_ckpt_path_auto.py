@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,8 @@ def start(make_trainer: Any, kill_at: int = 0, callbacks: Any = None, **argument
     settings: dict[str, Any] = {"max_epochs": 2, "logger": CSVLogger(".", "logs"), "enable_checkpointing": True, **arguments}
     trainer = make_trainer(callbacks=[KillAt(kill_at), *savers], **settings)
     data = DataLoader(torch.arange(6.0), batch_size=1, shuffle=True)  # type: ignore[arg-type]
-    try:
+    with contextlib.suppress(Killed):
         trainer.fit(model, data, ckpt_path="auto")
-    except Killed:
-        pass
     return trainer, model
 
 
@@ -81,7 +80,8 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(make_trainer: Any) ->
 def test_a_run_that_was_through_is_not_trained_again(make_trainer: Any) -> None:
     start(make_trainer)
     trainer, model = start(make_trainer)
-    assert model.ids == [] and trainer.global_step == 12
+    assert model.ids == []
+    assert trainer.global_step == 12
 
 
 def test_each_logger_goes_on_in_its_own_version(make_trainer: Any) -> None:
@@ -101,7 +101,8 @@ def test_another_folder_is_another_run(make_trainer: Any) -> None:
 def test_without_a_logger_checkpoints_lie_in_the_trainers_folder(make_trainer: Any) -> None:
     start(make_trainer, kill_at=5, logger=False)
     trainer, model = start(make_trainer, logger=False)
-    assert len(model.ids) == 8 and trainer.global_step == 12
+    assert len(model.ids) == 8
+    assert trainer.global_step == 12
 
 
 def test_the_newest_is_by_its_step_and_not_by_its_time(make_trainer: Any) -> None:

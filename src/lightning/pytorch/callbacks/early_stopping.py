@@ -124,6 +124,7 @@ class EarlyStopping(Callback):
 
         self.wait_count = 0
         self.stopped_epoch = 0
+        self._restored = False  # from a checkpoint, in a run that has not begun
         self.best_score = torch.tensor(torch.inf if mode == "min" else -torch.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
@@ -164,6 +165,7 @@ class EarlyStopping(Callback):
         # Lightning's releases before 2.6 did not save the reason.
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", EarlyStoppingReason.NOT_STOPPED.value))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
+        self._restored = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose where to check, unless the caller has."""
@@ -171,6 +173,16 @@ class EarlyStopping(Callback):
             self._check_on_train_epoch_end = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
         else:
             self._check_on_train_epoch_end = self.check_on_train_epoch_end
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop a resumed run that was stopped already: it may have been interrupted between the decision and its end."""
+        restored, self._restored = self._restored, False
+        if restored and self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            trainer.should_stop = True
+            self._log_info(
+                trainer,
+                f"Early stopping on {self.monitor!r} had ended the run that is resumed, so it ends here. To train on, leave the callback out.",
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check here, if this is the place."""

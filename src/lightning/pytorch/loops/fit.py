@@ -377,7 +377,9 @@ class FitLoop:
         return UNBOUNDED if self.max_steps == -1 else self.max_steps
 
     def finished(self) -> bool:
-        """Whether no further epoch begins."""
+        """Whether no further epoch begins, and none is to be ended: a resumed run may be between its last batch and its end."""
+        if self.progress.ending or self.progress.next in (Next.VALIDATE, Next.EPOCH_END):
+            return False
         bounded = self.max_epochs is not None and self.max_epochs != -1
         return (bounded and self.progress.epoch >= self.max_epochs) or self.done()  # type: ignore[operator]
 

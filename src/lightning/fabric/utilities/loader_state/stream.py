@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -151,7 +151,7 @@ class Stream:
                 rank_zero_warn(f"The {self._name} gives {i} batches, fewer than the {done} that were given before: the epoch ends here.")
                 return
         drew = digest_of_rng() != created
-        if done:
+        if done and not isinstance(self.loader, Sequence):  # which takes no time
             once = " It is an iterator, which can't begin anew: what it gives now must be its first batches." if self._once else ""
             rank_zero_warn(
                 f"The {self._name} can't tell where it is, so {done} batch(es) were read again to come to the same place, which took "

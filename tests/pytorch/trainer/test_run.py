@@ -8,31 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-
-# Every hook of a fit with a sanity check, validation and a datamodule, with who has it.
-BOTH = (
-    "setup", "on_fit_start", "on_sanity_check_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start",
-    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
-    "on_train_batch_end", "on_validation_start", "on_validation_epoch_start", "on_validation_batch_start",
-    "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end", "on_train_end", "on_fit_end",
-    "teardown",
-)  # fmt: skip
-MODULE = (
-    "prepare_data", "configure_callbacks", "configure_model", "configure_optimizers", "on_before_batch_transfer",
-    "transfer_batch_to_device", "on_after_batch_transfer", "training_step", "validation_step", "backward", "optimizer_step",
-    "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step", "on_validation_model_eval",
-    "on_validation_model_train", "on_validation_model_zero_grad",
-)  # fmt: skip
-DATA = ("prepare_data", "setup", "teardown", "train_dataloader", "val_dataloader")
-CALLBACK_ONLY = ("on_sanity_check_start", "on_sanity_check_end")
-HOOKS = [
-    *(("callback", name) for name in BOTH),
-    *(("module", name) for name in (*BOTH, *MODULE) if name not in CALLBACK_ONLY),
-    *(("data", name) for name in DATA),
-]
 
 
 class Boom(Exception):
@@ -90,31 +67,7 @@ def Scheduled(Evaluated: Any) -> Any:
     return Scheduled
 
 
-# ---- an error in any hook --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*in evaluation mode at the start")
-@pytest.mark.parametrize(("owner", "hook"), HOOKS, ids=lambda value: value)
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-def test_error_in_any_hook_reaches_everybody_and_the_caller(
-    Scheduled: Any, make_trainer: Any, numbers: Any, Rows: Any, owner: str, hook: str, error: type[BaseException]
-) -> None:
-    callback, module, data = Callback(), Scheduled(), Data(numbers)
-    failing({"callback": callback, "module": module, "data": data}[owner], hook, error)
-    heard, logger = [Heard(), Heard()], Rows()
-    trainer = make_trainer(callbacks=[heard[0], callback, heard[1]], logger=logger, num_sanity_val_steps=1)
-    with pytest.raises(error, match=hook) as raised:
-        trainer.fit(module, datamodule=data)
-    for errors in (*(each.errors for each in heard), data.errors):
-        assert errors == [raised.value]
-    assert heard[0].status == [TrainerStatus.INTERRUPTED]
-    assert trainer.interrupted
-    assert logger.finalized == ["failed"]
-    assert (module.training, module.frozen.training) == (True, False)
-    assert torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
-    with pytest.raises(MisconfigurationException):
-        module.log("x", 1.0)  # no loop runs any more
+# ---- errors: those in each of the hooks are in test_failures.py --------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["validate", "test", "predict"])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 # Whose frames hold iterators, and nothing that anybody would look for in an error.
-OWN_CODE = (str(Path(__file__).parents[1]), str(Path(torch.utils.data.__file__).parent))
+OWN_CODE = (str(Path(__file__).parents[2]), str(Path(torch.utils.data.__file__).parent))
 
 STAGES = {
     TrainerFn.FITTING: RunningStage.TRAINING,

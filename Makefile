@@ -9,15 +9,18 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults test-deepspeed test-xla test-s3 lint types check format bench clean
+.PHONY: help venv demo crash-demo test test-faults test-deepspeed test-xla test-s3 lint types check format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed-dev ## create .venv with all that development needs
 
 demo: $(VENV)/.installed-examples ## train, test and draw a network on handwritten digits
 	$(BIN)/python examples/digits.py $(ARGS)
+
+crash-demo: $(VENV)/.installed-examples ## kill a training run twenty times, and see that it ends with the same weights
+	$(BIN)/python examples/crash_demo.py $(ARGS)
 
 # More than one thread for each of several test processes would only make them wait for each other.
 test: export OMP_NUM_THREADS = 1

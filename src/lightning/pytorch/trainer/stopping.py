@@ -103,7 +103,8 @@ def save(trainer: Trainer) -> str | None:
     from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
     callbacks: list[Any] = trainer.checkpoint_callbacks
-    if trainer.state.fn != "fit" or not callbacks or trainer.fast_dev_run or trainer.sanity_checking:
+    began = trainer._signals is not None and trainer._signals.in_loop and not trainer.sanity_checking
+    if trainer.state.fn != "fit" or not began or not callbacks or trainer.fast_dev_run:
         return None
     for kind in (ModelCheckpoint, OnExceptionCheckpoint):
         for callback in callbacks:

@@ -53,7 +53,7 @@ class Update:
         global_step: how many steps were taken before.
         losses: of each backward pass since the step before: the loss, and where it comes from.
         names: of the parameters whose gradients were looked at, in the order of their flags.
-        flags: of each loss and then of each gradient, whether it is finite; the last one stands for the scale of the fp16
+        flags: of each loss and then of each gradient, whether it is finite; a last one may stand for the scale of the fp16
             scaler, or for another process.
     """
 
@@ -172,7 +172,9 @@ class FiniteWatch:
         own = [loss.isfinite().all().to(self.device, non_blocking=True).reshape(1) for loss, _ in losses]
         if gradients:
             own.append(are_finite(list(gradients.values()), self.device))
-        flags = torch.cat([*own, self.rest(own).reshape(1)])
+        if self.scaler_is_used or self.sharded or not own:
+            own.append(self.rest(own))
+        flags = torch.cat(own)
         update = Update(progress.epoch, progress.batch_idx, progress.global_step, losses, list(gradients), flags)
         if self.deferred:
             self.look_later(update)
@@ -346,10 +348,15 @@ def are_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
             flags[index] = torch.ones((), dtype=torch.bool, device=device)
         else:
             groups.setdefault((values.device, values.dtype), []).append((index, values))
-    for members in groups.values():
-        # The largest absolute value: unlike a sum of squares it overflows only where a value did.
-        norms = torch._foreach_norm([values for _, values in members], float("inf"))
-        found = torch.stack(list(norms)).isfinite().to(device, non_blocking=True)
+    for (where, _), members in groups.items():
+        # Extremes: unlike a sum of squares they overflow only where a value did.
+        if where.type == "cpu":  # which has no fast infinity norm
+            found = torch.stack([torch.stack(torch.aminmax(values)) for _, values in members]).isfinite().all(1)
+        else:
+            found = torch.stack(list(torch._foreach_norm([values for _, values in members], float("inf")))).isfinite()
+        found = found.to(device, non_blocking=True)
+        if len(members) == len(tensors):
+            return found
         for (index, _), flag in zip(members, found.unbind()):
             flags[index] = flag
     return torch.stack(flags)  # type: ignore[arg-type]

@@ -63,7 +63,8 @@ test-s3: .venv-s3/.installed ## run the tests of remote checkpoints, against an 
 
 .venv-s3/.installed: pyproject.toml
 	@.venv-s3/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-s3
-	.venv-s3/bin/python -m pip install --disable-pip-version-check -e '.[dev,s3]' 'moto[s3]' flask flask-cors
+	.venv-s3/bin/python -m pip install --disable-pip-version-check -e '.[dev,s3]'
+	.venv-s3/bin/python -m pip install --disable-pip-version-check 'moto[s3]' flask flask-cors  # with the botocore that s3fs wants
 	@touch $@
 
 test-faults: export OMP_NUM_THREADS = 1

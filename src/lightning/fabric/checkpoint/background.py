@@ -180,12 +180,15 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._path, self._spare = None if job is None else job.path, None if older is None else older.path
         # Not a daemon: an interpreter that ends waits for it. It does not wait for other processes, which may be gone.
         together = job is not None and job.agree is not None
-        self._thread = threading.Thread(target=self._work, args=(job, older, failed), name="checkpoint", daemon=together)
+        go = threading.Event()  # else the thread would begin with Python's lock in its hands, and training would wait for it
+        self._thread = threading.Thread(target=self._work, args=(go, job, older, failed), name="checkpoint", daemon=together)
         self._thread.start()
+        go.set()
 
     # ---- the thread -------------------------------------------------------------------------------------------------
 
-    def _work(self, job: Job | None, older: Job | None, failed: bool) -> None:
+    def _work(self, go: threading.Event, job: Job | None, older: Job | None, failed: bool) -> None:
+        go.wait()
         if job is not None and not self._persist(job, failed):
             return
         if older is not None and all(about != older.path for about, _ in self._after):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,24 @@ def test_all_processes_stop_at_the_same_step_when_the_time_of_rank_0_is_up(inter
     assert first[:3] == second[:3]
     assert first[0] > 1
     assert 0.25 < first[3] < 10
+
+
+def saved_by_time(rank: int, size: int, folder: str, milliseconds: int) -> list[Any]:
+    saver = ModelCheckpoint(folder, save_top_k=-1, train_time_interval=timedelta(milliseconds=milliseconds))
+    trainer = joined(callbacks=[saver], enable_checkpointing=True)
+    asked: list[int] = []
+    look = saver._schedule._time_is_up
+    saver._schedule._time_is_up = lambda *args: asked.append(trainer.global_step) or look(*args)  # type: ignore[method-assign]
+    saver._schedule._time -= 5.0 * rank  # the clock of rank 1 is ahead
+    trainer.fit(Slow(), numbers(100))
+    return [asked, sorted(os.listdir(folder)), trainer.global_step]
+
+
+def test_checkpoints_by_time_are_saved_by_the_clock_of_rank_0_which_is_not_asked_in_every_step(tmp_path: Path) -> None:
+    first, second = run(saved_by_time, 2, str(tmp_path), 150, timeout=40)
+    assert first == second
+    assert len(first[1]) >= 2
+    assert len(first[0]) < first[2] - 10
 
 
 class Clocked(Slow):

@@ -89,14 +89,16 @@ def report(trainer: Trainer, error: BaseException) -> str:
     device = trainer.strategy.root_device
     held = holders(trainer, batch, device)
     totals: dict[str, int] = {}
-    for size, kind, _ in held:
+    alike: dict[str, list[int]] = {}
+    for size, kind, name in held:
         totals[kind] = totals.get(kind, 0) + size
+        alike.setdefault(name, []).append(size)
     lines.append("Held in tensors: " + ", ".join(f"{kind} {mib(size)}" for kind, size in totals.items()) + ".")
     if device.type == "cuda":
         lines.append(told_by_cuda(device, sum(totals.values())))
-    largest = sorted(held, key=lambda entry: entry[0], reverse=True)[:LARGEST]
     lines.append("The largest of them:")
-    lines += [f"  {mib(size):>14}  {name}" for size, _, name in largest]
+    for name, sizes in sorted(alike.items(), key=lambda entry: sum(entry[1]), reverse=True)[:LARGEST]:
+        lines.append(f"  {mib(sum(sizes)):>14}  {name}" + (f", {len(sizes)} times" if len(sizes) > 1 else ""))
     lines.append(advice(trainer))
     return "\n".join(lines)
 

@@ -49,6 +49,7 @@ case " $* " in
 *) check check_utilities_cuda.py ;;
 esac
 check check_trainer_cuda.py "$@"
+check check_memory_cuda.py "$@"
 check check_fabric_cuda.py "$@"
 check check_deepspeed_cuda.py
 gpus=$("$python" -S -c 'import torch; print(torch.cuda.device_count())')

@@ -123,15 +123,22 @@ def test_a_batch_of_one_process_is_named_in_all(kind: str) -> None:
     assert "The batch itself holds values that are not finite." in first.message
 
 
-def warned(rank: int, size: int) -> list[str]:
+def warned(rank: int, size: int, kind: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer_of("ddp", size, on_nonfinite="warn").fit(Net("inf"), batches(rank))
+        trainer_of(kind, size, on_nonfinite="warn").fit(Net("inf"), batches(rank))
     return [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
 
 
 def test_the_process_whose_loss_it_is_warns() -> None:
-    quiet_one, other = run(warned, 2, timeout=20)
+    quiet_one, other = run(warned, 2, "ddp", timeout=20)
     assert quiet_one == []  # a constant that is infinite leaves its gradients finite
     assert len(other) == 1
     assert "Rank 1: The loss is not finite (inf)" in other[0]
+
+
+def test_sharded_processes_warn_once() -> None:
+    first, second = run(warned, 2, "fsdp", timeout=20)
+    assert len(first) == 1
+    assert "Rank 1: The loss is not finite (inf) in epoch 0, batch 2" in first[0]
+    assert second == []

@@ -400,3 +400,26 @@ def test_real_limit_of_memory_is_kept_to() -> None:
     assert sizes.startswith("[12000, 12000] [12000, 6000,")
     assert float(rest) < 1e-5
     assert "Memory ran out, so training batches are run in parts of at most" in done.stderr
+
+
+# ---- loaders of different lengths ------------------------------------------------------------------------------------
+
+
+def uneven(rank: int, size: int, policy: str) -> Any:
+    module = Net(backward=2 if policy == "split_batch" else INF, norm=False)
+    data = Data(8 + 8 * rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        trainer = joined(on_out_of_memory=policy, uneven_inputs="join", use_distributed_sampler=False, ddp={"find_unused_parameters": True})
+        trainer.fit(module, DataLoader(data, batch_size=4))
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return [[p.tolist() for p in module.parameters()], metrics, module.sizes]
+
+
+def test_processes_that_ran_out_of_data_repeat_their_batch_in_parts() -> None:
+    plain, split = run(uneven, 2, "raise", timeout=30), run(uneven, 2, "split_batch", timeout=30)
+    for (weights, metrics, _), (others, other_metrics, sizes) in zip(plain, split):
+        assert set(sizes[1:]) == {2}
+        assert other_metrics == pytest.approx(metrics, abs=1e-6)
+        for one, other in zip(weights, others):
+            assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=TOLERANCE)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16: with a scale below it, the scaler has halved in vain
 SHOWN = 3  # names of parameters in a message
-ELSEWHERE = "A gradient is not finite in another process"
+ELSEWHERE = "A loss or a gradient is not finite in another process"
 LOOK_EVERY = 50  # updates between looks at the flags on a device, where log_every_n_steps says nothing
 
 
@@ -90,8 +90,9 @@ class FiniteWatch:
         automatic = trainer.lightning_module.automatic_optimization
         self.scaler_is_used = strategy.precision.policy.scaler
         averaged = getattr(strategy, "_comm_hook", None) is None  # a hook of the user's may leave each process its own gradients
-        self.gathers = self.agrees and policy != "warn" and automatic and averaged and not self.scaler_is_used
         self.deferred = policy == "warn" and self.device.type != "cpu"
+        told = self.sharded and not self.deferred if policy == "warn" else True  # whether all processes come here at the same update
+        self.gathers = self.agrees and told and automatic and averaged and not self.scaler_is_used
         self.losses: list[tuple[Tensor, Origin]] = []
         self.origin = Origin(None, 0, None)
         self.waiting: list[Update] = []
@@ -211,7 +212,8 @@ class FiniteWatch:
             NonFiniteError: if that is an error.
         """
         kind = self.kind_of(update, flags)
-        first = self.counts[kind] == 0 if self.policy == "warn" else not any(self.counts.values())
+        alone = self.policy == "warn" and not self.gathers
+        first = self.counts[kind] == 0 if alone else not any(self.counts.values())
         self.counts[kind] += 1
         if first:
             text = self.describe(kind, update, flags)
@@ -232,7 +234,7 @@ class FiniteWatch:
     def tell(self, kind: str, text: str) -> None:
         """Warn: once for all processes where they know of each other, and else from each whose own loss it is."""
         rank = self.trainer.global_rank
-        if rank and (self.gathers or kind != "loss"):
+        if rank and (self.gathers or (kind != "loss" and not self.sharded)):
             return
         done = "The update is left out." if self.policy == "skip" else "The update is done all the same."
         later = "Further ones are counted, and told at the end."

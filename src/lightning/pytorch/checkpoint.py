@@ -58,12 +58,13 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         loop = trainer.fit_loop
         # What a process that fails has gathered can't be averaged with what the others have.
         alone = strategy.world_size == 1 or trainer.state.status is not TrainerStatus.INTERRUPTED
-        if alone and loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate:  # inside an accumulation window
+        within_window = loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate
+        if alone and within_window:
             checkpoint["keraunos"]["gradients"] = strategy.accumulated_gradients()
         batches = loop.progress.position()["batch_idx"]
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
-        checkpoint["keraunos"]["processes"] = resume.states(trainer)
+        checkpoint["keraunos"]["processes"] = resume.states(trainer, within_window)
         checkpoint["keraunos"]["versions"] = [getattr(logger, "_version", None) for logger in trainer.loggers]
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
@@ -171,7 +172,8 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state = checkpoint.get(type(strategy.precision).__qualname__)
     if state is not None:
         strategy.precision.load_state_dict(state)
-    strategy.load_accumulated_gradients(names.get("gradients", {}))
+    own = trainer.fit_loop.resumed
+    strategy.load_accumulated_gradients((own and own.get("gradients")) or names.get("gradients", {}))
 
 
 def _compare_code(saved: dict[str, Any]) -> None:

@@ -26,12 +26,17 @@ KEPT = ("value", "total", "host_total", "weight", "serial", "merged", "dtype")  
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def states(trainer: Trainer) -> list[State | None]:
+def states(trainer: Trainer, within_window: bool = False) -> list[State | None]:
     """The state of every process, in the order of their ranks; all must call it.
 
     A process that fails can't ask the others, and has None in their places.
+
+    Args:
+        trainer: whose run.
+        within_window: whether gradients have been gathered for a step that is still to come.
     """
     strategy, own = trainer.strategy, _own_state(trainer)
+    own["gradients"] = strategy.own_gradients() if within_window and strategy.world_size > 1 else {}
     return [own] if strategy.world_size == 1 else strategy.gather_objects(own)
 
 
@@ -142,7 +147,14 @@ def _resharded(saved: list[State | None], rank: int) -> State | None:
             "so they begin anew."
         )
     metrics = {**base["metrics"], "entries": entries, "modules": {}}
-    return {**base, "metrics": metrics, "training": None, "validation": [], "random": None if mine is None else mine["random"]}
+    return {
+        **base,
+        "metrics": metrics,
+        "training": None,
+        "validation": [],
+        "random": None if mine is None else mine["random"],
+        "gradients": {},
+    }
 
 
 def _merged(key: Any, saved: list[State | None]) -> State | None:

@@ -201,6 +201,11 @@ class DDPStrategy(ParallelStrategy):
         means = self.reduce_named({name: (zeros.get(name, parameter.grad), "mean") for name, parameter in trained.items()})  # type: ignore[misc]
         return {name: mean for name, mean in means.items() if name not in zeros or mean.any()}
 
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Those of this process, with which as many processes go on to the same bits; sums of means would be rounded otherwise."""
+        assert self.module is not None
+        return {name: parameter.grad.cpu() for name, parameter in self.module.named_parameters() if parameter.grad is not None}
+
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def sync_buffers(self) -> None:

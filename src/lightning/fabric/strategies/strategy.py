@@ -202,6 +202,10 @@ class Strategy:
         with self.root_device, self.precision.module_init_context(), _skip_init() if empty_init else nullcontext():
             yield
 
+    def drawn_alike(self) -> AbstractContextManager[Any]:
+        """A context for building a module of which each process may keep a part; all of them must enter it."""
+        return nullcontext()
+
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """A context in which new tensors are on the device and in the precision of the run."""
@@ -390,6 +394,10 @@ class Strategy:
         """The gradients of an accumulation window that is not over, by name, as a checkpoint holds them; every process must call it."""
         assert self.module is not None
         return {name: parameter.grad for name, parameter in self.module.named_parameters() if parameter.grad is not None}
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """What :meth:`accumulated_gradients` has averaged over all processes, as this one has it: on the CPU; none where nothing was."""
+        return {}
 
     def load_accumulated_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Go on with an accumulation window: give the parameters what :meth:`accumulated_gradients` returned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,8 @@ def test_a_run_that_is_interrupted_again_and_again_goes_on_exactly(make_trainer:
     while parts[-1].interrupted:
         parts.append(Run(make_trainer, Rows, 2, ckpt_path="saved.ckpt", seed=90 + len(parts), **settings))
     assert len(parts) > 4
-    assert sum((part.model.ids for part in parts), []) == whole.model.ids
-    assert sum((part.rows.rows for part in parts), []) == whole.rows.rows
+    assert list(chain.from_iterable(part.model.ids for part in parts)) == whole.model.ids
+    assert list(chain.from_iterable(part.rows.rows for part in parts)) == whole.rows.rows
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts[-1].model.state_dict()[name]), name
 

@@ -44,7 +44,7 @@ def fit(rank: int, size: int, folder: str, samples: int, batch_size: int, steps:
         trainer.save_checkpoint(f"{folder}/step={trainer.global_step}.ckpt")
 
     trainer = Trainer(
-        accelerator="cpu", devices=1, strategy=DDPStrategy() if size > 1 else "auto", max_epochs=epochs, max_steps=steps, logger=False,
+        accelerator="cpu", devices=size, strategy=DDPStrategy() if size > 1 else "auto", max_epochs=epochs, max_steps=steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         enable_checkpointing=False, callbacks=LambdaCallback(on_train_batch_end=save) if ckpt_path is None else None,
     )  # fmt: skip

@@ -72,6 +72,7 @@ class Lockstep:
         self.loader, self.policy, self.divide_by_all, self.group = loader, policy, divide_by_all, group
         self.lengths: list[int] = []  # of every process, where all are known
         self.num_batches: float = math.inf
+        self.start = 0  # the index of the first batch of the next pass; a resumed run sets it, whose loader begins there by itself
         self._own = 0  # how many batches this process has of its own, as far as it is known
         self._active: list[tuple[int, int]] = []  # from which index on how many processes have a batch of their own
 
@@ -115,6 +116,10 @@ class Lockstep:
         self.num_batches = max(lengths) if self.policy == "join" else min(lengths)
         return self.num_batches
 
+    def own(self, batches: int) -> int:
+        """How many of the first batches of the pass were this process's own."""
+        return min(batches, self._own)
+
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def weight(self, index: int) -> float:
@@ -139,31 +144,32 @@ class Lockstep:
     def __iter__(self) -> Iterator[Any]:
         if not self.lengths:
             self.agree()
-        return self._counted() if self.lengths else self._asked()
+        start, self.start = self.start, 0
+        return self._counted(start) if self.lengths else self._asked(start)
 
-    def _counted(self) -> Iterator[Any]:
+    def _counted(self, start: int) -> Iterator[Any]:
         batches = iter(self.loader)
         batch: Any = END
-        for index in range(int(self.num_batches)):
+        for index in range(start, int(self.num_batches)):
             if index < self._own:
                 batch = next(batches, END)
                 if batch is END:
                     raise RuntimeError(f"The loader has the length {self._own} and gave {index} batches. Its `__len__` has to be right.")
-            if index == 0 and 0 in self.lengths:
-                batch = self._lent(batch, [length > 0 for length in self.lengths])
+            if index == start and min(self.lengths) <= start:
+                batch = self._lent(batch, [length > start for length in self.lengths])
             yield batch
 
-    def _asked(self) -> Iterator[Any]:
+    def _asked(self, start: int) -> Iterator[Any]:
         batches = iter(self.loader)
-        self._own, self._active = 0, [(0, self._world_size())]
+        self._own, self._active = 0, [(start, self._world_size())]
         batch = last = next(batches, END)
         asking = _Asking(batch is not END, self.group)
-        index = 0
+        index = start
         while True:
             active = asking.answer()
             if active < self._world_size() and self._ends(active, index, batch is not END):
                 return
-            if index == 0 and active < self._world_size():
+            if index == start and active < self._world_size():
                 last = self._lent(last, collectives.gather_object(batch is not END, self.group))
             if active != self._active[-1][1]:
                 self._active.append((index, active))

@@ -79,6 +79,8 @@ class TrainLoader:
     @property
     def passes_over(self) -> int:
         """The number of batches with which the next pass does not begin, since a resumed run was given them before."""
+        if self.lockstep is not None:
+            return self.lockstep.start
         if self.side_by_side is None:
             return self.parts[0].passes_over
         return self.side_by_side.passes_over
@@ -94,7 +96,8 @@ class TrainLoader:
         if batches is None:
             return {"between": [part.state_dict(over=True) for part in self.parts]}
         if self.side_by_side is None:
-            return {"within": self.parts[0].state_dict(batches)}
+            own = batches if self.lockstep is None else self.lockstep.own(batches)
+            return {"within": self.parts[0].state_dict(own), "batches": batches}
         return {"side_by_side": self.side_by_side.state_dict()} if self.length_is_exact else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,6 +107,8 @@ class TrainLoader:
                 part.load_state_dict(saved)
         elif "within" in state and self.side_by_side is None:
             self.parts[0].load_state_dict(state["within"])
+            if self.lockstep is not None:
+                self.lockstep.start = state["batches"]
         elif "side_by_side" in state and self.side_by_side is not None:
             self.side_by_side.load_state_dict(state["side_by_side"])
         else:

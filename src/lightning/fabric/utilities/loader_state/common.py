@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch.utils.data import DistributedSampler
+
 from lightning.fabric.utilities.loader_state.randomness import is_stateful
 from lightning.fabric.utilities.loader_state.workers import Snapshot, unpacked
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -137,6 +139,19 @@ def load_samplers(loader: Any, states: list[Any]) -> None:
         return
     for sampler, state in zip(samplers, states):
         sampler.load_state_dict(copy.deepcopy(state))
+
+
+def shuffle_seed(loader: Any) -> int | None:
+    """The seed from which torch's DistributedSampler shuffles; None for other samplers."""
+    sampler = getattr(loader, "sampler", None)
+    return sampler.seed if type(sampler) is DistributedSampler else None
+
+
+def set_shuffle_seed(loader: Any, seed: int | None) -> None:
+    """Shuffle as the interrupted run did, whatever seed this one was given."""
+    sampler = getattr(loader, "sampler", None)
+    if seed is not None and type(sampler) is DistributedSampler:
+        sampler.seed = seed
 
 
 def digest_of_rng(states: State | None = None) -> int:

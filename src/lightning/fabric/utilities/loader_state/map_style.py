@@ -10,7 +10,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.loader_state.common import AHEAD, Batches, Cursor, State, load_samplers, sampler_states
+from lightning.fabric.utilities.loader_state.common import (
+    AHEAD,
+    Batches,
+    Cursor,
+    State,
+    load_samplers,
+    sampler_states,
+    set_shuffle_seed,
+    shuffle_seed,
+)  # fmt: skip
 from lightning.fabric.utilities.loader_state.indices import Indices, innermost
 from lightning.fabric.utilities.loader_state.randomness import generators_within, set_states, states_of
 from lightning.fabric.utilities.loader_state.workers import (
@@ -82,6 +91,7 @@ class MapStyle:
         set_rng_states(state["start"]["rng"])
         set_states(generators, state["start"]["generators"])
         load_samplers(self.loader, state["start"]["samplers"])
+        set_shuffle_seed(self.loader, state["start"]["seed"])
         cursor = Cursor(self._start(), done)
         phantoms = done % self.workers if self._in_order else 0
         self.clone = self._copy(state, phantoms)
@@ -182,6 +192,7 @@ class MapStyle:
             "batches": None,
             "generators": states_of(self._generators()),
             "samplers": sampler_states(self.loader),
+            "seed": shuffle_seed(self.loader),
             "own": own_states(self._roots) if self.workers == 0 else None,
             "workers": self._worker_states(self.indices.drawn, WAIT) if self.persistent and self.clone is not None else None,
             "born": self.born if self.persistent else None,
@@ -191,6 +202,7 @@ class MapStyle:
         """Take over what :meth:`state_between` returned, but for the workers' part."""
         set_states(self._generators(), state["generators"])
         load_samplers(self.loader, state["samplers"])
+        set_shuffle_seed(self.loader, state["seed"])
         if self.workers == 0 and state["own"] is not None:
             restore_own(self._roots, state["own"])
 
@@ -224,7 +236,7 @@ class MapStyle:
         return _share(batches, worker, self.workers) - _share(self.began, worker, self.workers)
 
     def _start(self) -> State:
-        return {**self._random_states(), "samplers": sampler_states(self.loader)}
+        return {**self._random_states(), "samplers": sampler_states(self.loader), "seed": shuffle_seed(self.loader)}
 
     def _random_states(self) -> State:
         return {"rng": collect_rng_states(include_cuda=False), "generators": states_of(self._generators())}

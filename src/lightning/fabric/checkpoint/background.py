@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +91,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._acting = False  # the first of these is being done
         self._pausing = False  # a save has failed, and is tried again later
         self._leaving = False
+        self._awaited = False  # when Python ends
         self.troubled = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,6 +184,9 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._path, self._spare = None if job is None else job.path, None if older is None else older.path
         # Not a daemon: an interpreter that ends waits for it. It does not wait for other processes, which may be gone.
         together = job is not None and job.agree is not None
+        if together and not self._awaited:
+            self._awaited = True
+            atexit.register(_wait_at_exit, weakref.ref(self))
         go = threading.Event()  # else the thread would begin with Python's lock in its hands, and training would wait for it
         self._thread = threading.Thread(target=self._work, args=(go, job, older, failed), name="checkpoint", daemon=together)
         self._thread.start()
@@ -369,6 +376,19 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._staging, self._held, self._spare, self._leaving = Staging(), None, None, False
             self._after, self._failed = [], False  # what another run saves is no reason to remove anything of this one
             self.writer.teardown()
+
+
+def _wait_at_exit(reference: weakref.ref[BackgroundCheckpointIO]) -> None:
+    """Wait for what processes save together, before they leave each other: unless an error that nobody caught ends this one."""
+    writer = reference()
+    if writer is None:
+        return
+    if getattr(sys, "last_value", None) is not None:
+        writer.leave_soon()
+    try:
+        writer.wait()
+    except Exception as error:
+        log.error("%s", error)
 
 
 class PatientCheckpointIO(BackgroundCheckpointIO):

@@ -34,6 +34,9 @@ def choose_units(module: Module, policy: Any, divided: bool, ignored: set[Any]) 
         _advise(module)
         return []
     chosen = fsdp_options.selected(policy, module, ignored)
+    is_one_unit = next(module.children(), None) is None or (isinstance(policy, tuple) and isinstance(module, policy))
+    if not chosen and is_one_unit:  # the policy may be for other modules too, and there is nothing below this one to choose
+        return []
     if not chosen:
         kinds = sorted({type(part).__name__ for part in module.modules() if part is not module})
         raise ValueError(

@@ -159,18 +159,10 @@ class ModelParallelStrategy(ShardedStrategy):
 
     def _share_random_states(self) -> None:
         """Processes that compute one model together draw the same random numbers, as for dropout and the order of data."""
-        from lightning.fabric.utilities.seed import collect_rng_states, set_rng_states
-
-        if self.sizes()[1] == 1:
-            return
-        group = self.device_mesh[TENSOR].get_group()
-        first = torch.distributed.get_global_rank(group, 0)
-        on_device = torch.get_device_module(self.root_device.type) if self.root_device.type != "cpu" else None
-        states = (collect_rng_states(include_cuda=False), on_device.get_rng_state(self.root_device) if on_device is not None else None)
-        shared, device_state = collectives.broadcast(states, first, group)
-        set_rng_states(shared)
-        if on_device is not None:
-            on_device.set_rng_state(device_state, self.root_device)
+        if self.sizes()[1] > 1:
+            group = self.device_mesh[TENSOR].get_group()
+            first = torch.distributed.get_global_rank(group, 0)
+            self._set_random_states(collectives.broadcast(self._random_states(), first, group))
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -260,13 +252,7 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"{type(optimizer).__name__} holds no parameter of the model as it is now: dividing it has replaced them. Make the "
                 "optimizer in `configure_optimizers`; with Fabric, after `setup_module`."
             )
-        for group in optimizer.param_groups:
-            chosen = next((name for name in ("fused", "foreach") if group.get(name)), None)
-            if chosen is not None and len({is_dtensor(parameter) for parameter in group["params"]}) > 1:
-                raise MisconfigurationException(
-                    f"{type(optimizer).__name__}({chosen}=True) can't step divided parameters (DTensor) and plain ones in one group. Give "
-                    "it two: [{'params': divided}, {'params': plain}], or divide all, such as by `fully_shard` on the whole model."
-                )
+        self._check_can_step(optimizer)
         for root in filter(None, map(root_of, self._divided)):
             self._handles += [optimizer.register_step_pre_hook(root.before_step), optimizer.register_step_post_hook(root.after_step)]
         return optimizer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Generator, Iterable, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from lightning.fabric.strategies import sharding
 from lightning.fabric.strategies.objects import restore
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.utilities.cloud_io import local_path
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import collect_rng_states, set_rng_states
 
 
 class ShardedStrategy(ParallelStrategy):
@@ -34,6 +37,49 @@ class ShardedStrategy(ParallelStrategy):
     saves_directories = False
     file_option = "state_dict_type='full'"  # what to pass for checkpoints of one file
     _saves_in: tuple[Any, Any] | None = None  # the group of all processes, and that of what is saved in the background
+
+    # ---- setting up -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def drawn_alike(self) -> Generator[None, None, None]:
+        """Inside, all processes draw the random numbers of rank 0; afterwards those that had others go on with their own."""
+        if self.failing or not collectives.is_distributed():
+            yield
+            return
+        own = self._random_states()
+        first = collectives.broadcast(own)
+        self._set_random_states(first)
+        try:
+            yield
+        finally:
+            (host, device), (host_of_first, device_of_first) = own, first
+            others = {name: state for name, state in host.items() if _plain(state) != _plain(host_of_first.get(name))}
+            now = collect_rng_states(include_cuda=False)
+            self._set_random_states(({**now, **others}, None if _plain(device) == _plain(device_of_first) else device))
+
+    def _random_states(self) -> tuple[dict[str, Any], Tensor | None]:
+        """Of this process, and of its device."""
+        device = self.root_device
+        return collect_rng_states(include_cuda=False), None if device.type == "cpu" else _generators(device).get_rng_state(device)
+
+    def _set_random_states(self, states: tuple[dict[str, Any], Tensor | None]) -> None:
+        set_rng_states(states[0])
+        if states[1] is not None:
+            _generators(self.root_device).set_rng_state(states[1].cpu(), self.root_device)
+
+    def _check_can_step(self, optimizer: Optimizer) -> None:
+        """See that the optimizer's implementation can step its parameters.
+
+        Raises:
+            MisconfigurationException: if it takes a group's parameters at once, and some are divided and some plain.
+        """
+        for group in optimizer.param_groups:
+            chosen = next((name for name in ("fused", "foreach") if group.get(name)), None)
+            if chosen is not None and len({sharding.is_dtensor(parameter) for parameter in group["params"]}) > 1:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__}({chosen}=True) can't step divided parameters (DTensor) and plain ones in one group. Give "
+                    "it two: [{'params': divided}, {'params': plain}], or divide all, such as by `fully_shard` on the whole model."
+                )
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
@@ -180,3 +226,16 @@ class ShardedStrategy(ParallelStrategy):
         given = state or {}
         checkpoint = self._read(path, weights_only, [name for name, value in given.items() if isinstance(value, (Module, Optimizer))])
         return restore(self, checkpoint, given, strict) if given else checkpoint
+
+
+def _generators(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as bytes, so that states can be compared."""
+    if isinstance(value, Tensor):
+        return value.cpu().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

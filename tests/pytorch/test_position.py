@@ -46,7 +46,7 @@ def fit(rank: int, size: int, folder: str, samples: int, batch_size: int, steps:
     trainer = Trainer(
         accelerator="cpu", devices=size, strategy=DDPStrategy() if size > 1 else "auto", max_epochs=epochs, max_steps=steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        enable_checkpointing=False, callbacks=LambdaCallback(on_train_batch_end=save) if ckpt_path is None else None,
+        enable_checkpointing=False, callbacks=LambdaCallback(on_train_batch_end=save),
     )  # fmt: skip
     trainer.fit(module, DataLoader(range(samples), batch_size=batch_size), ckpt_path=ckpt_path)  # type: ignore[arg-type]
     return {"seen": module.seen, "steps": trainer.global_step}
@@ -75,3 +75,14 @@ def test_a_number_of_samples_that_does_not_divide_repeats_one_at_most(tmp_path: 
     assert [batch for _, _, batch in rest[0]["seen"]] == [[2, 4], [6, 8]]
     assert [batch for _, _, batch in rest[1]["seen"]] == [[3, 5], [7]]
     assert sorted(ids(begun, 0) + ids(rest, 0)) == list(range(9))
+
+
+@pytest.mark.parametrize("processes", [(1, 2, 1), (2, 1, 2), (1, 2, 2)])
+def test_an_epoch_may_change_hands_again(tmp_path: Path, processes: tuple[int, ...]) -> None:
+    taken: list[int] = []
+    path = None
+    for count, steps in zip(processes, (2, 3, -1)):
+        results = run(fit, count, str(tmp_path), 24, 2, steps, 1, path)
+        path = str(tmp_path / f"step={steps}.ckpt")
+        taken += ids(results, 0)
+    assert sorted(taken) == list(range(24))

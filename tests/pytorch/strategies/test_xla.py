@@ -95,7 +95,7 @@ def fitted(arguments: dict[str, Any], predicts: bool = True) -> dict[str, Any]:
         "metrics": {name: float(value) for name, value in fit.callback_metrics.items()},
         "steps": (fit.global_step, fit.current_epoch, fit.num_training_batches),
         "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
-        "strategy": (type(fit.strategy).__name__, fit.world_size, str(fit.accelerator.name())),
+        "strategy": (type(fit.strategy).__name__, fit.num_devices, str(fit.accelerator.name())),
     }
     for stage in ("validate", "test"):
         found[stage] = getattr(fit, stage)(model, verbose=False)
@@ -237,6 +237,7 @@ def test_a_run_on_two_devices_equals_that_on_the_cpu(together: dict[str, Any], c
         assert sum(bool(row["val"]) for row in csv.DictReader(file)) == 2, "one process logs"
 
 
+@pytest.mark.filterwarnings("ignore:This run saves checkpoints in")
 def test_a_run_of_two_devices_goes_on_on_the_cpu(together: dict[str, Any], clipped: dict[str, Any]) -> None:
     (checkpoint,) = (together["folder"] / "xla-first").rglob("*.ckpt")
     model = Model()

@@ -92,6 +92,7 @@ class XLAFSDPStrategy(XLAStrategy):
         self.sequential_save = sequential_save
         self._fsdp_kwargs = kwargs
         self._layouts: list[Layout] = []
+        self._handles: list[Any] = []
 
     # ---- setting up -------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,8 @@ class XLAFSDPStrategy(XLAStrategy):
         layout = Layout(module)
         layout.find(self._wrap(module))
         self._layouts.append(layout)
+        if self.world_size > 1:
+            self._gather_apart(layout.root)
         if training:
             self._trained.append(module)
         return layout.root  # type: ignore[no-any-return]
@@ -155,6 +158,15 @@ class XLAFSDPStrategy(XLAStrategy):
         if self.cluster_environment.is_stand_in():  # type: ignore[union-attr]
             options["pin_layout_in_collective_ops"] = False  # which would put the rank into programs that have to be equal
         return FSDP(Outermost(module), **{**options, **self._fsdp_kwargs})
+
+    def _gather_apart(self, root: Any) -> None:
+        """In evaluation, gather the weights of each unit in a program of its own, which has to be the same in all processes.
+
+        What computes with them is another one where a process has fewer samples in its last batch.
+        """
+        for unit in [each for each in root.modules() if hasattr(each, "sharded_params")]:
+            before = partial(_before_gathering, barrier=unit.optimization_barrier_in_forward)
+            self._handles += [unit.register_forward_pre_hook(before), unit.module.register_forward_pre_hook(_sync_in_evaluation)]
 
     def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method``, which computes with a module that was set up, as it runs with gathered weights."""
@@ -296,6 +308,9 @@ class XLAFSDPStrategy(XLAStrategy):
     def teardown(self) -> None:
         """Make modules whole again, on the CPU of rank 0; the others get zeros. After an error of several processes they stay divided."""
         if not (self._failed and self.world_size > 1):
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
             for layout in self._layouts:
                 self._make_whole(layout)
             self._layouts.clear()
@@ -320,6 +335,16 @@ class XLAFSDPStrategy(XLAStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the name of this strategy into a registry."""
         strategy_registry.register("xla_fsdp", cls, description=cls.__name__)
+
+
+def _before_gathering(unit: Any, inputs: Any, barrier: bool) -> None:
+    unit.optimization_barrier_in_forward = barrier and torch.is_grad_enabled()  # it would make inputs a part of the program
+    _sync_in_evaluation()
+
+
+def _sync_in_evaluation(*_: Any) -> None:
+    if not torch.is_grad_enabled():
+        sync()
 
 
 class Outermost(Module):

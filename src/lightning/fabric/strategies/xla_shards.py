@@ -148,6 +148,7 @@ class Layout:
         for each in self.divided:
             if whole:
                 gathered = each.whole(each.part)
+                sync()  # one program in all processes, of which only some read the result
                 if keep:
                     flat = gathered.cpu().reshape(-1)
                     tensors.update((piece.name, flat[piece.offset : piece.stop].view(piece.shape)) for piece in each.pieces)
@@ -206,6 +207,7 @@ class Layout:
                 if each is not None and isinstance(value, Tensor) and value.shape == each.part.shape and value.dim() > 0:
                     if whole:
                         gathered = each.whole(value)
+                        sync()
                         value = gathered.cpu() if keep else None
                     else:
                         value = stand_in(value, Piece(name, each.shape, 0))

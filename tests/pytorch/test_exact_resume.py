@@ -13,10 +13,13 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.hooks import EVENT_HOOKS
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 
 BATCHES = 5  # in an epoch
 EPOCHS = 2
@@ -135,6 +138,7 @@ WITHIN = (
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "a loader with a state": {"kind": StatefulDataLoader},
     "validation in mid-epoch": {"val_check_interval": 2},
     "accumulation": {"accumulate_grad_batches": 2, "val_check_interval": 3},
     "limits": {"limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 2},
@@ -142,22 +146,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def loaders(workers: int) -> tuple[Any, Any]:
+def loaders(workers: int, kind: Any = DataLoader) -> tuple[Any, Any]:
     arguments: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
-    train = DataLoader(Noisy(BATCHES * 2), batch_size=2, shuffle=True, drop_last=True, **arguments)
+    train = kind(Noisy(BATCHES * 2), batch_size=2, shuffle=True, drop_last=True, **arguments)
     return train, DataLoader(Noisy(4), batch_size=2, **arguments)
 
 
 class Run:
     """One call of fit, and what it left behind."""
 
-    def __init__(self, make_trainer: Any, Rows: Any, at: int = 0, ckpt_path: Any = None, workers: int = 0, seed: int = 1, **settings: Any):
+    def __init__(
+        self,
+        make_trainer: Any,
+        Rows: Any,
+        at: int = 0,
+        ckpt_path: Any = None,
+        workers: int = 0,
+        seed: int = 1,
+        kind: Any = DataLoader,
+        **settings: Any,
+    ):
         seed_everything(seed, verbose=False)
         self.rows, self.trace, self.model, interrupt = Rows(), Trace(), Model(), Interrupt(at)
         callbacks = [self.trace, EarlyStopping("val", patience=100), interrupt]
         self.trainer = make_trainer(max_epochs=EPOCHS, logger=self.rows, callbacks=callbacks, enable_checkpointing=True, **settings)
         try:
-            self.trainer.fit(self.model, *loaders(workers), ckpt_path=ckpt_path)
+            self.trainer.fit(self.model, *loaders(workers, kind), ckpt_path=ckpt_path)
             self.interrupted = False
         except Interruption:
             self.interrupted = True
@@ -188,9 +202,9 @@ def test_a_run_that_is_interrupted_between_any_two_events_goes_on_exactly(make_t
         assert_as_if_never_interrupted(whole, first, second, (name, at, first.hooks[-1]))
 
 
-@pytest.mark.parametrize("at", [1, 4, 6, 7, 11])
-def test_workers_go_on_with_their_random_numbers(make_trainer: Any, Rows: Any, at: int) -> None:
-    settings: dict[str, Any] = {"workers": 2, "val_check_interval": 3}
+@pytest.mark.parametrize(("at", "kind"), [*((at, DataLoader) for at in (1, 4, 6, 7, 11)), *((at, StatefulDataLoader) for at in (4, 7))])
+def test_workers_go_on_with_their_random_numbers(make_trainer: Any, Rows: Any, at: int, kind: Any) -> None:
+    settings: dict[str, Any] = {"workers": 2, "val_check_interval": 3, "kind": kind}
     whole = Run(make_trainer, Rows, **settings)
     first = Run(make_trainer, Rows, at, **settings)
     second = Run(make_trainer, Rows, ckpt_path="saved.ckpt", seed=99, **settings)

@@ -61,6 +61,13 @@ class SecondOrder(Regression):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
 
 
+class Searching(Regression):
+    """LBFGS with a search along each direction, which is as long as the loss says."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), max_iter=8, line_search_fn="strong_wolfe")
+
+
 class Overriding(Regression):
     """Has hooks of its own around the step: the learning rate warms up, and gradients are clipped by hand."""
 
@@ -125,7 +132,7 @@ class Plateau(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
 
 
-MODELS = {model.__name__: model for model in (Regression, Adversarial, SecondOrder, Overriding, Skipping, Freezing, Validated, Plateau)}
+MODELS = {model.__name__: model for model in (Regression, Adversarial, SecondOrder, Searching, Overriding, Skipping, Freezing, Validated, Plateau)}
 Case = dict[str, Any]  # the name of a model, its arguments, those of the trainer, and those of DDPStrategy
 
 
@@ -204,7 +211,8 @@ def test_manual_optimization_of_two_optimizers_is_that_of_one_process() -> None:
 
 def test_steps_of_the_users_own_are_those_of_one_process() -> None:
     check(2, [{"model": "Overriding"}, {"model": "Overriding", "trainer": {"accumulate_grad_batches": 2}}])
-    check(2, [{"model": "SecondOrder", "trainer": {"precision": "64-true"}}])  # in which rounding does not grow from step to step
+    in_double: Case = {"trainer": {"precision": "64-true"}}  # in which rounding does not grow from step to step
+    check(2, [{"model": "SecondOrder", **in_double}, {"model": "Searching", **in_double}])
 
 
 def test_schedulers_and_frozen_layers_are_those_of_one_process() -> None:

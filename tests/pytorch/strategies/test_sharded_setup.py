@@ -117,6 +117,21 @@ def test_optimizer_that_takes_one_after_another_steps_both() -> None:
     assert run(ignoring, 2, {}) == [1, 1]
 
 
+class SecondOrder(Divided):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+def second_order(rank: int, size: int) -> None:
+    quiet(strategy=FSDPStrategy(), devices=size, max_steps=1).fit(SecondOrder(), DataLoader(Vectors(4 * size), batch_size=2))
+
+
+def test_optimizer_that_makes_one_vector_of_all_parameters_is_refused() -> None:
+    outcomes = run_to_end(second_order, 2)
+    assert [outcome.error for outcome in outcomes] == ["MisconfigurationException"] * 2
+    assert "LBFGS makes one vector of all parameters" in outcomes[0].message
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -142,6 +142,8 @@ class DDPStrategy(ParallelStrategy):
 
             averager = PeriodicModelAverager(self._averaging_period, warmup_steps=self._comm_state.start_localSGD_iter)  # type: ignore[union-attr]
             self._averages[optimizer] = averager.average_parameters
+        if isinstance(optimizer, torch.optim.LBFGS):
+            _decide_alike(optimizer, self.reduce)
         return optimizer
 
     def bind(self, name: str) -> Callable[..., Any]:
@@ -320,6 +322,23 @@ def prepare_for_backward(model: DistributedDataParallel, output: Any) -> None:
     model.reducer._rebuild_buckets()
     searched = model.find_unused_parameters and not model.static_graph
     model.reducer.prepare_for_backward(_tensors_in(output) if searched else [])
+
+
+def _decide_alike(optimizer: Optimizer, reduce: Callable[[Any], Any]) -> None:
+    """Let an optimizer see the mean loss of all processes, whose gradient it has.
+
+    By the loss it decides how long to search and how far to go; by that of each process they would part, and wait for each other.
+    """
+    step = optimizer.step
+    if hasattr(step, "decides_alike"):
+        return
+
+    @wraps(step)
+    def decide_alike(closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        return step(lambda: reduce(closure()), *args, **kwargs)
+
+    decide_alike.decides_alike = True  # type: ignore[attr-defined]
+    optimizer.step = decide_alike  # type: ignore[method-assign]
 
 
 def _tensors_in(output: Any) -> list[torch.Tensor]:

@@ -71,9 +71,14 @@ class ShardedStrategy(ParallelStrategy):
         """See that the optimizer's implementation can step its parameters.
 
         Raises:
-            MisconfigurationException: if it takes a group's parameters at once, and some are divided and some plain.
+            MisconfigurationException: if it takes a group's parameters at once, and some are divided and some plain; for LBFGS.
         """
         for group in optimizer.param_groups:
+            if isinstance(optimizer, torch.optim.LBFGS) and any(sharding.number_of_shards(each) > 1 for each in group["params"]):
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} makes one vector of all parameters, which divided ones (DTensor) can't be. Use another "
+                    "optimizer, or strategy='ddp'."
+                )
             chosen = next((name for name in ("fused", "foreach") if group.get(name)), None)
             if chosen is not None and len({sharding.is_dtensor(parameter) for parameter in group["params"]}) > 1:
                 raise MisconfigurationException(

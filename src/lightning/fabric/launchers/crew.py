@@ -205,7 +205,10 @@ class Crew:
 
     def _on_uncaught(self, error: BaseException) -> None:
         report_failure(error)
+        cause = self._cause_of(error)
         self._uncaught = self._told = True
+        if cause is not None:  # an error outside of what `run` surrounds, as after `fabric.launch()`
+            say(str(cause))
 
     def _finish(self) -> None:
         """This process ends: let the others end too, and make them."""

@@ -41,6 +41,7 @@ def checks(place: Place) -> list[Check]:
         ("scaler's state is saved and restored", lambda: scaler_is_restored(place)),
         *((f"two optimizers by hand, {p}", lambda p=p: two_optimizers(place, p)) for p in ("32-true", "bf16-mixed", "16-mixed")),
         *((f"resumed run equals an unbroken one, {p}", lambda p=p: resumes(place, p)) for p in ("32-true", "bf16-mixed", "16-mixed")),
+        *((f"resumed anywhere equals an unbroken one, {p}", lambda p=p: resumes_anywhere(place, p)) for p in ("32-true", "16-mixed")),
     ]
 
 
@@ -222,3 +223,32 @@ def resumes(place: Place, precision: str) -> str:
     assert len(rest.losses) == 20
     assert_equal(rest.losses, whole.losses[20:], rest.weights(), whole.weights())
     return f"learning rate {resumed.optimizers[0].param_groups[0]['lr']:.2e}"
+
+
+def resumes_anywhere(place: Place, precision: str) -> str:
+    """A run that goes on from the middle of an epoch or of a window: the device's random numbers, shuffled and pinned batches of workers."""
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(f"{folder}/{trainer.fit_loop.progress.total_batches}.ckpt")
+
+    images = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    samples = torch.utils.data.TensorDataset(images, torch.arange(96) % 10)
+
+    def fit(seed: int, **options: Any) -> Classifier:
+        model = seeded("conv", dropout=0.5, log={"on_epoch": True})
+        trainer = place.trainer(
+            precision, max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=0.1, callbacks=options.get("callbacks")
+        )
+        torch.manual_seed(seed)
+        loader = torch.utils.data.DataLoader(samples, 8, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=place.is_cuda)
+        trainer.fit(model, loader, ckpt_path=options.get("ckpt_path"))
+        return model
+
+    with deterministic(), tempfile.TemporaryDirectory() as folder:
+        whole = fit(7, callbacks=[Save()])
+        places = (1, 6, 11, 12, 17)
+        for done in places:
+            rest = fit(99, ckpt_path=f"{folder}/{done}.ckpt")
+            assert_equal(rest.losses, whole.losses[done:], rest.weights(), whole.weights())
+    return f"from {len(places)} places"

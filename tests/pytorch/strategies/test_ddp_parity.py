@@ -132,7 +132,9 @@ class Plateau(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
 
 
-MODELS = {model.__name__: model for model in (Regression, Adversarial, SecondOrder, Searching, Overriding, Skipping, Freezing, Validated, Plateau)}
+MODELS = {
+    model.__name__: model for model in (Regression, Adversarial, SecondOrder, Searching, Overriding, Skipping, Freezing, Validated, Plateau)
+}
 Case = dict[str, Any]  # the name of a model, its arguments, those of the trainer, and those of DDPStrategy
 
 

@@ -91,6 +91,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self._averaged: list[replicas.AveragedGradients] = []  # of each of these
         self._compared_gradients = False
         self._handles: list[Any] = []
+        self._metrics: list[Any] = []  # of torchmetrics, which gather from those that have other data
         self._without_value: list[str] = []  # tensors that only a checkpoint can give values to
 
     # ---- where this process is --------------------------------------------------------------------------------------
@@ -200,6 +201,8 @@ class ModelParallelStrategy(ShardedStrategy):
                 make_scaler_agree(scaler)
             self._average_gradients(module)
             self._compared_gradients = self.sizes()[1] == 1
+        if self.sizes()[1] > 1:
+            self._metrics += replicas.count_once(module, self.device_mesh[DATA].get_group())
         if isinstance(module, FSDPModule) and root_of(module) is None:  # itself, so that steps have to gather the weights that it holds
             Root(module, WholeParameters(module, [], self.device_mesh))
         return module
@@ -382,6 +385,9 @@ class ModelParallelStrategy(ShardedStrategy):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for metric in self._metrics:
+            metric.dist_sync_fn = None
+        self._metrics.clear()
         root = root_of(self.module)
         if root is not None:
             root.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -178,3 +179,27 @@ def _hash_of(tree: Any) -> str:
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# ---- Metrics of torchmetrics --------------------------------------------------------------------------------------------
+
+
+def count_once(module: Module, group: Any) -> list[Any]:
+    """Let the Metrics in a module gather from the processes of ``group`` alone, which have different data; returns those that now do.
+
+    Metrics that were told from whom to gather do so.
+    """
+    torchmetrics = sys.modules.get("torchmetrics")
+    if torchmetrics is None:
+        return []
+
+    own = group
+
+    def gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
+        return torchmetrics.utilities.distributed.gather_all_tensors(tensor, group or own)  # type: ignore[no-any-return]
+
+    found = [each for each in module.modules() if isinstance(each, torchmetrics.Metric)]
+    changed = [metric for metric in found if metric.process_group is None and metric.dist_sync_fn is None]
+    for metric in changed:
+        metric.dist_sync_fn = gather  # unlike a group, it can be copied
+    return changed

@@ -226,7 +226,7 @@ def resumes(place: Place, precision: str) -> str:
 
 
 def resumes_anywhere(place: Place, precision: str) -> str:
-    """A run that goes on from the middle of an epoch or of a window: the device's random numbers, shuffled and pinned batches of workers."""
+    """A run that goes on from the middle of an epoch or of a window: the device's random numbers, shuffled and pinned batches."""
 
     class Save(L.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -141,6 +141,21 @@ def csv_logger() -> dict[str, Any]:
     return {"logger": CSVLogger(".")}
 
 
+def slow_logger() -> dict[str, Any]:
+    from lightning.pytorch.loggers.logger import Logger
+
+    class Slow(Logger):
+        name, version = "slow", 0  # type: ignore[assignment]
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            time.sleep(0.2)
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return {"logger": Slow()}
+
+
 # name: (number of logs, options of log, arguments of the trainer)
 VARIANTS: dict[str, tuple[int, dict[str, Any], Callable[[], dict[str, Any]]]] = {
     "bare": (0, {}, dict),
@@ -150,6 +165,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], Callable[[], dict[str, Any]]]] = 
     "progress bar": (0, {}, progress_bar),
     "progress bar, 1 log": (1, {"prog_bar": True}, progress_bar),
     "CSV logger, 1 log": (1, {}, csv_logger),
+    "200 ms logger, 1 log": (1, {}, slow_logger),
 }
 
 

@@ -423,3 +423,58 @@ def test_processes_that_ran_out_of_data_repeat_their_batch_in_parts() -> None:
         assert other_metrics == pytest.approx(metrics, abs=1e-6)
         for one, other in zip(weights, others):
             assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=TOLERANCE)
+
+
+# ---- other ways to step ----------------------------------------------------------------------------------------------
+
+
+class Stepping(Net):
+    """Steps by itself, and not through the closure."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+class Searching(Net):
+    """Calls its closure several times in a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [Stepping, Searching])
+def test_users_steps_and_closures_that_run_again(kind: Any) -> None:
+    whole, split = kind(), kind(backward=3)
+    trained(whole, on_out_of_memory="raise")
+    trained(split)
+    difference = max(float((a - b).detach().abs().max()) for a, b in zip(whole.parameters(), split.parameters()))
+    assert difference < 10 * TOLERANCE  # LBFGS divides by differences of gradients
+    assert set(split.sizes[1:]) <= {4, 3, 2}
+
+
+def skipping(rank: int, size: int) -> Any:
+    module = Net(backward=2, ranks=[rank])
+    data = Data(24)
+    data.x[9, 0] = INF  # a sample of one process, in its second batch
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = joined(
+            on_out_of_memory="split_batch", on_nonfinite="skip", ddp={"find_unused_parameters": True}, use_distributed_sampler=False
+        )
+        trainer.fit(module, DataLoader(torch.utils.data.Subset(data, range(rank * 12, rank * 12 + 12)), batch_size=4))
+    told = [str(w.message) for w in caught if "not finite" in str(w.message)]
+    return [[p.tolist() for p in module.parameters()], told, len(module.gradients[0]), len(module.gradients[2])]
+
+
+def test_updates_of_parts_are_left_out_in_all_processes() -> None:
+    (weights, told, *rest), (others, nothing, *_) = run(skipping, 2, timeout=30)
+    assert weights == others
+    assert all(torch.tensor(each).isfinite().all() for each in weights)
+    assert len(told) == 1
+    assert "Rank 0: The loss is not finite" in told[0]
+    assert nothing == []
+    assert rest == [4, 0]

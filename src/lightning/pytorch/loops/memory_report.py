@@ -218,11 +218,11 @@ def storage_of(tensor: Tensor, device: torch.device) -> Any:
 
     try:
         tensor = local_tensor(tensor)
-        if tensor.device != device or tensor.layout is not torch.strided:
+        if tensor.device != device or tensor.layout is not torch.strided or not tensor.shape:
             return None
         storage = tensor.untyped_storage()
         return storage if storage.nbytes() > 0 and storage.data_ptr() else None
-    except (RuntimeError, NotImplementedError, AttributeError):  # kinds of tensors that have no memory of their own
+    except Exception:  # kinds of tensors that have no memory of their own, or no shape yet
         return None
 
 

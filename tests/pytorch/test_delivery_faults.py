@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning.pytorch import Callback
 from lightning.pytorch import delivery as delivery_module
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.delivery import Delivery, Outbox
 from lightning.pytorch.loggers import CSVLogger
 
@@ -300,6 +301,21 @@ def test_finalize_that_fails_is_a_warning_and_the_others_are_finalized(Logging: 
         trainer.fit(Logging(), numbers(2))
     assert [logger.finalized for logger in loggers] == [["success"], ["success"]]
     assert trainer.state.finished
+
+
+def test_logger_that_fails_to_take_a_checkpoint_does_not_end_the_run(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
+    class NoUpload(Rows):  # type: ignore[misc]
+        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+            raise ConnectionError("upload failed")
+
+    loggers = [NoUpload(), Rows()]
+    trainer = make_trainer(logger=loggers, callbacks=ModelCheckpoint("saved"), enable_checkpointing=True, max_epochs=2)
+    with warned() as told:
+        trainer.fit(Logging(), numbers(2))
+    assert trainer.global_step == 4
+    assert [message for message in told if "NoUpload" in message] == [told[0]]
+    assert "upload failed" in told[0]
+    assert loggers[0].rows == loggers[1].rows
 
 
 # ---- CSV on a disk that is full ---------------------------------------------------------------------------------------

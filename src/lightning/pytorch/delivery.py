@@ -415,6 +415,15 @@ class Delivery:
             if method is not None:
                 box.put((method, args, {}))
 
+    def tell(self, logger: Any, method: str, *args: Any) -> None:
+        """Call a method of a logger now; its error is a warning, as that of a row, and the run goes on."""
+        try:
+            getattr(logger, method)(*args)
+        except Exception as error:
+            if self._owner != os.getpid():
+                raise
+            self._box(logger).note(error)
+
     def settle(self) -> None:
         """Wait for those that answer promptly."""
         for box in self._mine():

@@ -563,8 +563,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _notify(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
+            trainer.tell_loggers("after_save_checkpoint", proxy(self))
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:

@@ -218,7 +218,7 @@ def storage_of(tensor: Tensor, device: torch.device) -> Any:
 
     try:
         tensor = local_tensor(tensor)
-        if tensor.device != device or tensor.layout is not torch.strided or not tensor.shape:
+        if tensor.device != device or tensor.layout is not torch.strided or tensor.dim() == 0:  # one number does not matter
             return None
         storage = tensor.untyped_storage()
         return storage if storage.nbytes() > 0 and storage.data_ptr() else None

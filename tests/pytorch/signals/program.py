@@ -90,7 +90,7 @@ def main() -> None:
         callbacks=[Notes(), ModelCheckpoint("run")],
     )
     try:
-        trainer.fit(Model(arguments), ckpt_path="last" if arguments.resume else None)
+        trainer.fit(Model(arguments), ckpt_path="auto" if arguments.resume else None)
     except (SIGTERMException, KeyboardInterrupt) as error:
         if not arguments.catch:
             raise

@@ -66,7 +66,7 @@ def test_run_stops_is_saved_and_goes_on_to_the_same_weights(place: str, number: 
         assert saved["global_step"] == trainer.global_step
     resumed = Model()
     with unwarned():
-        weights = fit(trainer_of("run"), resumed, ckpt_path="last")
+        weights = fit(trainer_of("run"), resumed, ckpt_path="auto")
     assert weights == undisturbed
     assert resumed.calls["training_step"] == 12 - trainer.global_step
 

@@ -36,7 +36,7 @@ def train(rank: int, size: int, folder: str, model: Model, resume: bool) -> Any:
     callbacks = (ModelCheckpoint(folder),)
     trainer = trainer_of(folder, callbacks=callbacks, strategy=DDPStrategy(), devices=size)
     try:
-        weights = fit(trainer, model, size, ckpt_path="last" if resume else None)
+        weights = fit(trainer, model, size, ckpt_path="auto" if resume else None)
     except (KeyboardInterrupt, SIGTERMException) as error:
         heard = trainer.callbacks[0].errors  # type: ignore[attr-defined]
         return heard, getattr(error, "code", None), trainer.global_step, trainer.fit_loop.progress.position()

@@ -20,7 +20,7 @@ PROGRAM = str(Path(__file__).parent / "program.py")
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)

@@ -214,6 +214,8 @@ class MultiprocessingLauncher(Launcher):
         failure = first_failure(folder)
         assert failure is not None
         stopped = stop(self._ranks, self._patience)
+        if failure.kind == "KeyboardInterrupt":  # whoever has sent it to the rank alone
+            raise KeyboardInterrupt
         message = explain(failure, stopped)
         begun = progress_of(failure.rank, folder) >= 0
         if not begun:

@@ -66,7 +66,7 @@ def act(trainer: Trainer, number: int) -> None:
         trainer.strategy.barrier()  # nobody leaves before it is on the disk
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if path is not None:
-            rank_zero_info(f"{name}: the run ends here, and is saved at {path}; fit(ckpt_path='last') goes on from there.")
+            rank_zero_info(f"{name}: the run ends here, and is saved at {path}; fit(ckpt_path='auto') goes on from there.")
         if trainer._signals is not None and trainer._signals.channel is not None:
             trainer._signals.channel.ends_together = True
         raise error_of(number)
@@ -91,7 +91,7 @@ def blamed_on_signal(trainer: Trainer) -> Iterator[None]:
 
 
 def save(trainer: Trainer) -> str | None:
-    """Save a fit where a signal ends it, so that ``ckpt_path="last"`` goes on from there; all processes must call it.
+    """Save a fit where a signal ends it, so that ``ckpt_path="auto"`` and ``"last"`` go on from there; all processes must call it.
 
     The first ModelCheckpoint says where, by its folder and its name of the last checkpoint, whatever else it saves and when; or else an
     OnExceptionCheckpoint; for other callbacks that save, it is ``last.ckpt`` in the trainer's folder. Nothing is saved where the trainer

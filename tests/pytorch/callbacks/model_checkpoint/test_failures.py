@@ -136,9 +136,9 @@ def test_file_that_is_saved_stays_in_the_books_if_a_logger_fails(prepare: Callab
 
     checkpoint = ModelCheckpoint(dirpath="d")
     run = prepare(checkpoint, logger=Failing("logs"), log_every_n_steps=1)
-    with pytest.raises(ConnectionError):
+    with pytest.warns(UserWarning, match="no network"):
         run.fit()
-    assert checkpoint.best_model_path == str(run.root / "d/epoch=0-step=4.ckpt")
+    assert (run.root / checkpoint.best_model_path).is_file()
 
 
 # ---- exceptions ------------------------------------------------------------------------------------------------------

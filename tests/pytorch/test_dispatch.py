@@ -18,6 +18,7 @@ from lightning.pytorch.core.hooks import EVENT_HOOKS, REMOVED_HOOKS
 from lightning.pytorch.dispatch import Hooks, check_names, no_op, override_of, sorted_callbacks
 from lightning.pytorch.metrics import Metrics
 from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 MakeTrainer = Callable[..., Any]
 
@@ -28,10 +29,11 @@ def ones(count: int = 1) -> DataLoader[Any]:
 
 
 class Attached:
-    """What resolving asks of a trainer: the module that callbacks get."""
+    """What resolving asks of a trainer: the module that callbacks get, and the strategy, which hears too."""
 
     def __init__(self, module: LightningModule) -> None:
         self.lightning_module = module
+        self.strategy = SingleDeviceStrategy("cpu")
 
 
 def hooks_of(module: LightningModule, *callbacks: Callback) -> Hooks:

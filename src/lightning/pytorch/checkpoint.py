@@ -165,8 +165,8 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     _compare("learning rate schedulers", names.get("lr_schedulers"), checkpoint["lr_schedulers"], schedulers)
     restore_progress(trainer, checkpoint)
-    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
-        strategy.load_optimizer_state(optimizer, state)
+    if strategy.lightning_restore_optimizer:
+        strategy.load_optimizer_state_dict(checkpoint)
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)
     state = checkpoint.get(type(strategy.precision).__qualname__)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.strategies.hooks import EVENTS as STRATEGY_EVENTS
+from lightning.fabric.strategies.hooks import StrategyHooks
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
@@ -69,6 +71,10 @@ class Hooks:
             heard, last = (others, []) if name == "on_train_epoch_end" else (others, savers) if name in SAVED_AT else (callbacks, [])
             setattr(self, name, _resolve(name, trainer, module, heard, metrics, profiler, last))
         self.on_train_epoch_end_checkpoints = _resolve("on_train_epoch_end", trainer, None, savers, metrics, profiler)
+        for name in STRATEGY_EVENTS:
+            own = override_of(trainer.strategy, name, StrategyHooks)
+            if own is not None:
+                setattr(self, name, _followed_by(getattr(self, name), own))
         self._owners = [module, *callbacks]
         self._set_on_instances = _set_on_instances(self._owners)
 
@@ -115,6 +121,15 @@ def _resolve(
     if not functions:
         return no_op if own is None else scoped(own, name, metrics)
     return scoped(_chain(functions, own), name, metrics)
+
+
+def _followed_by(first: Hook, second: Hook) -> Hook:
+    def both(*args: Any) -> Any:
+        result = first(*args)
+        second(*args)
+        return result
+
+    return both
 
 
 def _heard(callbacks: Sequence[Callback], name: str, trainer: Any, profiler: Any) -> list[Hook]:

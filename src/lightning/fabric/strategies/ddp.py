@@ -216,18 +216,6 @@ class DDPStrategy(ParallelStrategy):
             ignored = getattr(self.module, IGNORED_BY_DDP, ())
             collectives.broadcast_tensors(buffer for name, buffer in self.module.named_buffers() if name not in ignored)
 
-    def on_validation_start(self) -> None:
-        """All processes evaluate the same model."""
-        self.sync_buffers()
-
-    def on_test_start(self) -> None:
-        """All processes evaluate the same model."""
-        self.sync_buffers()
-
-    def on_predict_start(self) -> None:
-        """All processes evaluate the same model."""
-        self.sync_buffers()
-
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
@@ -338,7 +326,7 @@ def _decide_alike(optimizer: Optimizer, reduce: Callable[[Any], Any]) -> None:
         return step(lambda: reduce(closure()), *args, **kwargs)
 
     decide_alike.decides_alike = True  # type: ignore[attr-defined]
-    optimizer.step = decide_alike  # type: ignore[method-assign]
+    optimizer.step = decide_alike  # type: ignore[assignment, method-assign]
 
 
 def _tensors_in(output: Any) -> list[torch.Tensor]:

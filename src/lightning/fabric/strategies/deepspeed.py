@@ -117,6 +117,7 @@ class DeepSpeedStrategy(SavesDirectories):
     """
 
     strategy_name = "deepspeed"
+    handles_gradient_accumulation = True
     DEEPSPEED_ENV_VAR = ENVIRONMENT_VARIABLE
 
     def __init__(

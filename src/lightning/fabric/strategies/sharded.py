@@ -32,8 +32,6 @@ class ShardedStrategy(ParallelStrategy):
 
     forward_is_collective = True
     restore_checkpoint_after_setup = True
-    lightning_restore_optimizer = True
-    handles_gradient_accumulation = False
     saves_directories = False
     file_option = "state_dict_type='full'"  # what to pass for checkpoints of one file
     _saves_in: tuple[Any, Any] | None = None  # the group of all processes, and that of what is saved in the background
@@ -41,8 +39,8 @@ class ShardedStrategy(ParallelStrategy):
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def drawn_alike(self) -> Generator[None, None, None]:
-        """Inside, all processes draw the random numbers of rank 0; afterwards those that had others go on with their own."""
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """The context of ``configure_model``: all processes draw the random numbers of rank 0, and afterwards go on with their own."""
         if self.failing or not collectives.is_distributed():
             yield
             return

@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning.fabric.precision import Precision
+from lightning.fabric.strategies.hooks import StrategyHooks
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TBroadcast = TypeVar("TBroadcast")
 TReduce = TypeVar("TReduce")
 
 
-class Strategy:
+class Strategy(StrategyHooks):
     """One process on one device, and the interface that every other strategy fills in.
 
     It knows plain modules and optimizers only. The loops ask it for bound functions once, before the first step.
@@ -201,10 +202,6 @@ class Strategy:
         """
         with self.root_device, self.precision.module_init_context(), _skip_init() if empty_init else nullcontext():
             yield
-
-    def drawn_alike(self) -> AbstractContextManager[Any]:
-        """A context for building a module of which each process may keep a part; all of them must enter it."""
-        return nullcontext()
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:

@@ -104,7 +104,7 @@ def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:
 
 def training_step(trainer: Trainer) -> Callable[[Any, int], Any]:
     """``training_step`` as it runs under the strategy, as a function of batch and index."""
-    step = step_with_index(trainer.strategy.bind("training_step"), "training_step")
+    step = step_with_index(trainer.strategy.step_of("training_step"), "training_step")
     return profiled(trainer, step, f"[Strategy]{type(trainer.strategy).__name__}.training_step")
 
 

@@ -173,7 +173,7 @@ class EvaluationLoop:
         several = len(self.loaders.loaders) > 1
         self.counts = self.seen if trainer.state.fn == "fit" and not trainer.sanity_checking else []
         self.counts += [0] * (len(self.loaders.loaders) - len(self.counts))
-        step = trainer.strategy.bind(f"{name}_step")
+        step = trainer.strategy.step_of(f"{name}_step")
         self.takes_index = takes_batch_idx(step, f"{name}_step", several)
         self.step = bind.profiled(trainer, step, f"[Strategy]{type(trainer.strategy).__name__}.{name}_step")
         for hook in ("start", "end"):

@@ -88,7 +88,7 @@ class PredictionLoop:
         hooks, several = trainer._hooks, len(self.num_batches) > 1
         metrics, signals = trainer._metrics, trainer._signals
         where = (index,) if several else ()
-        bound = trainer.strategy.bind("predict_step")
+        bound = trainer.strategy.step_of("predict_step")
         takes_index = takes_batch_idx(bound, "predict_step", several)
         step = bind.profiled(trainer, bound, f"[Strategy]{type(trainer.strategy).__name__}.predict_step")
         prepare = bind.transfer(trainer, index)

@@ -160,7 +160,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         trainer._metrics.delivery.begin(logger)  # its experiment, which hooks may use
     call_stage_hooks(trainer, "setup")
     heed(trainer)
-    with strategy.module_init_context(), strategy.drawn_alike():
+    with strategy.module_init_context(), strategy.model_sharded_context():
         module.configure_model()
         if override_of(module, "configure_sharded_model", LightningModule) is not None:
             module.configure_sharded_model()

@@ -50,3 +50,16 @@ def test_killed_at_every_event_nothing_is_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kills", ["1,1,1", "40,40,40,40,40,40", "60,3,60,3,60", "120,17,2,90"])
 def test_run_killed_here_goes_on(kills: str, tmp_path: Path) -> None:
     assert storm(tmp_path, "--replay", kills)["runs"] == 1
+
+
+@pytest.mark.skipif(not FULL, reason="a part of `make test-faults`: takes minutes")
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_that_are_told_to_end_or_killed_lose_nothing(size: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM.with_name("rank_storm.py")), "--size", str(size), "--where", str(tmp_path)]
+    subsets = 2**size - 1
+    done = subprocess.run([*command, "--strikes", str(6 * subsets)], capture_output=True, text=True, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert min(result[how] for how in ("term", "kill", "raise")) >= 2 * subsets
+    assert result["resumed"] > subsets

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 from trainers import Rows, quiet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loops.finite import NonFiniteError, are_finite
 
 NAN, INF = float("nan"), float("inf")
@@ -338,6 +338,38 @@ def test_manual_optimization_is_covered_by_manual_backward_and_step() -> None:
     module.bad_steps = {2}
     told(module, data(), "skip")
     assert [not same(a, b) for a, b in zip(module.copies, module.copies[1:])] == [True, False, True, True, True]
+
+
+class Raw(Net):
+    """Steps torch's own optimizer, which nobody sees."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.optimizer.step()
+
+
+class RawByHand(Manual):
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(Net.training_step(self, batch, batch_idx))
+        optimizer.optimizer.step()
+
+
+def test_losses_are_looked_at_and_not_kept_where_no_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.loops import finite
+
+    monkeypatch.setattr(finite, "MOST_LOSSES", 3)
+    assert "The loss is not finite (nan) in epoch 0, batch 1 (global step 2)" in error_of(Raw(), data(negative=(1,)))
+    assert "The loss is not finite (nan) in epoch 0, batch 1" in error_of(RawByHand(), data(negative=(1,)))
+    held: list[int] = []
+
+    class Counting(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            held.append(len(trainer.fit_loop.guards[0].losses))
+
+    quiet(on_nonfinite="error", callbacks=Counting()).fit(Raw(), given(data()))
+    assert held == [1] * 6
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------

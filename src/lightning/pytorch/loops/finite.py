@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SMALLEST_SCALE = 2.0**-24  # the smallest float16: with a scale below it, the scaler has halved in vain
 SHOWN = 3  # names of parameters in a message
 ELSEWHERE = "A loss or a gradient is not finite in another process"
+MOST_LOSSES = 1000  # that are kept where no step is seen
 LOOK_EVERY = 50  # updates between looks at the flags on a device, where log_every_n_steps says nothing
 
 
@@ -86,7 +87,8 @@ class FiniteWatch:
         self.plain = type(strategy).backward is Strategy.backward
         self.agrees = self.plain and strategy.world_size > 1
         # A loss that is not finite may have finite gradients. Where all must leave out the same update, it spoils them for sure.
-        self.poisons = self.plain and (policy == "skip" or (self.agrees and policy == "error"))
+        needed = self.agrees or strategy.precision.policy.scaler
+        self.poisons = self.plain and needed and policy != "warn"
         automatic = trainer.lightning_module.automatic_optimization
         self.scaler_is_used = strategy.precision.policy.scaler
         averaged = getattr(strategy, "_comm_hook", None) is None  # a hook of the user's may leave each process its own gradients
@@ -135,6 +137,8 @@ class FiniteWatch:
         """``training_step``, whose batch and random numbers are kept until the update."""
 
         def step(batch: Any, batch_idx: int) -> Any:
+            if self.losses and batch_idx % self.loop.accumulate == 0 and self.losses[-1][1].batch_idx != batch_idx:
+                self.check(None)  # an update that did not come by here; its batches must not be kept for ever
             self.origin = Origin(batch, batch_idx, RandomStates(self.device))
             return training_step(batch, batch_idx)
 
@@ -145,6 +149,8 @@ class FiniteWatch:
 
         def run(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             origin = self.origin if self.origin.states is not None else Origin(None, self.loop.progress.batch_idx, None)
+            if len(self.losses) >= MOST_LOSSES:
+                self.check(None)
             self.losses.append((loss.detach(), origin))
             if self.poisons:
                 loss = loss * torch.where(loss.detach().isfinite().all(), 1.0, float("nan")).to(loss.dtype)
@@ -161,15 +167,18 @@ class FiniteWatch:
 
         return check
 
-    def check(self, optimizer: Optimizer) -> None:
+    def check(self, optimizer: Optimizer | None) -> None:
         """Look at all losses since the last update, and at the gradients that are about to be used.
+
+        Args:
+            optimizer: that uses them; None where it is not known, and the update is over.
 
         Raises:
             NonFiniteError: if one is not finite, and that is to be an error.
         """
         progress, losses = self.loop.progress, self.losses
         self.losses, self.origin = [], Origin(None, 0, None)
-        gradients = {} if self.scaler_is_used else self.gradients(optimizer)
+        gradients = {} if self.scaler_is_used or optimizer is None else self.gradients(optimizer)
         own = [loss.isfinite().all().to(self.device, non_blocking=True).reshape(1) for loss, _ in losses]
         if gradients:
             own.append(are_finite(list(gradients.values()), self.device))
@@ -217,7 +226,7 @@ class FiniteWatch:
         self.counts[kind] += 1
         if first:
             text = self.describe(kind, update, flags)
-            if self.gathers:  # all processes are here, at the same update
+            if self.gathers and optimizer is not None:  # all processes are here, at the same update
                 text = self.said_by_all(kind, text)
             if self.policy == "error":
                 raise NonFiniteError(text)

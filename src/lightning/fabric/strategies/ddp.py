@@ -161,10 +161,10 @@ class DDPStrategy(ParallelStrategy):
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
-    def pre_backward(self, tensor: Any) -> None:
-        """In manual optimization: tell DDP that a backward pass over ``tensor`` comes."""
+    def pre_backward(self, closure_loss: Any) -> None:
+        """In manual optimization: tell DDP that a backward pass over ``closure_loss`` comes."""
         if self._prepares_backward:
-            prepare_for_backward(self.model, tensor)
+            prepare_for_backward(self.model, closure_loss)
 
     def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
         """A context in which backward keeps gradients local; the forward pass belongs into it too.

@@ -36,8 +36,8 @@ class SavesDirectories(ParallelStrategy):
     _optimizers_of_file: list[str]  # the names of those whose state is in the file that is being restored from
     _rounded: list[tuple[Tensor, Tensor]]  # weights that were rounded for evaluation, and what they were
 
-    def connect(self, module: Module) -> None:
-        super().connect(module)
+    def connect(self, model: Module) -> None:
+        super().connect(model)
         self._saved = None
 
     @property

@@ -327,11 +327,11 @@ class FSDPStrategy(ShardedStrategy):
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
-    def pre_backward(self, tensor: Any) -> None:
-        """In manual optimization: let gradients be reduced in the backward pass over ``tensor``."""
+    def pre_backward(self, closure_loss: Any) -> None:
+        """In manual optimization: let gradients be reduced in the backward pass over ``closure_loss``."""
         root = root_of(self.module)
         if root is not None and root.manual:
-            root.before_backward(tensor)
+            root.before_backward(closure_loss)
 
     def no_backward_sync(self, module: Module | None = None) -> AbstractContextManager[Any]:
         """A context in which backward keeps gradients local, and whole, until the last batch of an accumulation window.

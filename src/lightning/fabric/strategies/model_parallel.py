@@ -149,9 +149,9 @@ class ModelParallelStrategy(ShardedStrategy):
         if self.module is not None:
             self._hand_out_mesh(self.module)
 
-    def connect(self, module: Module) -> None:
-        super().connect(module)
-        self._hand_out_mesh(module)
+    def connect(self, model: Module) -> None:
+        super().connect(model)
+        self._hand_out_mesh(model)
 
     def _hand_out_mesh(self, module: Module) -> None:
         for each in module.modules():
@@ -331,11 +331,11 @@ class ModelParallelStrategy(ShardedStrategy):
         finite = [replicas.check_replicated_gradients(module, ranks, group) for module in self._divided]
         self._compared_gradients = all(finite)
 
-    def pre_backward(self, tensor: Any) -> None:
-        """In manual optimization: gather the weights that a backward pass over ``tensor`` needs."""
+    def pre_backward(self, closure_loss: Any) -> None:
+        """In manual optimization: gather the weights that a backward pass over ``closure_loss`` needs."""
         root = root_of(self.module)
         if root is not None and root.manual:
-            root.before_backward(tensor)
+            root.before_backward(closure_loss)
 
     # ---- processes --------------------------------------------------------------------------------------------------
 

@@ -138,9 +138,9 @@ class Strategy(StrategyHooks):
         if self.accelerator is not None:
             self.accelerator.setup_device(self.root_device)
 
-    def connect(self, module: Module) -> None:
+    def connect(self, model: Module) -> None:
         """Take the user's module, before it is set up."""
-        self.module = self.model = module
+        self.module = self.model = model
 
     def setup_module(self, module: Module, training: bool = True) -> Module:
         """Return the module as it will run: converted, moved, and wrapped where the strategy wraps.
@@ -240,8 +240,8 @@ class Strategy(StrategyHooks):
         """
         return nullcontext()
 
-    def pre_backward(self, tensor: Any) -> None:
-        """To be called in manual optimization before backward runs on ``tensor``, however the user runs it."""
+    def pre_backward(self, closure_loss: Any) -> None:
+        """To be called in manual optimization before backward runs on ``closure_loss``, however the user runs it."""
 
     def backward(self, tensor: Tensor, module: Module | None = None, *args: Any, **kwargs: Any) -> None:
         """Run backward on a scalar, scaled where the precision needs it."""

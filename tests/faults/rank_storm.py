@@ -159,7 +159,7 @@ def ends(children: list[int], folder: str) -> list[int]:
 
 
 def wait_for_training(folder: str, size: int, children: list[int]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + 4 * PATIENCE
     while not all(os.path.exists(os.path.join(folder, f"started-{rank}")) for rank in range(size)):
         assert time.monotonic() < deadline, "training has not begun"
         time.sleep(0.002)

@@ -22,6 +22,7 @@ from lightning.fabric.checkpoint import sharded
 from lightning.fabric.checkpoint.generations import newest_valid
 from lightning.fabric.checkpoint.io import save
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml, save_hparams_to_tags_csv
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
 MARK = "executed"
@@ -215,6 +216,21 @@ def test_hostile_hyperparameter_file_is_refused(text: str) -> None:
     Path("hparams.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"hparams\.yaml"):
         Model.load_from_checkpoint("good.ckpt", hparams_file="hparams.yaml")
+
+
+@pytest.mark.parametrize("tuples", [False, True])
+def test_hyperparameters_without_end_are_refused(tuples: bool) -> None:
+    kind = "!!python/tuple " if tuples else ""
+    lines = ["a0: &a0 [1, 1]", *(f"a{level}: &a{level} {kind}[*a{level - 1}, *a{level - 1}]" for level in range(1, 60))]
+    Path("hparams.yaml").write_text("\n".join([*lines, "? *a59", ": 1"] if tuples else lines))
+    with pytest.raises(ValueError, match=r"hparams\.yaml.*more than"):
+        load_hparams_from_yaml("hparams.yaml")
+
+
+@pytest.mark.parametrize("value", ["__import__('os').system('touch executed')", "[" * 100_000, "9" * 100_000, "9**9**9**9", "{}.__class__"])
+def test_hostile_table_of_hyperparameters_is_read_as_text(value: str) -> None:
+    save_hparams_to_tags_csv("hparams.csv", {"width": value})
+    assert load_hparams_from_tags_csv("hparams.csv") == {"width": value}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -32,6 +32,7 @@ __all__ = [
 
 # Put among the hyperparameters by Lightning's command line: names of code to run, which a file has no say in.
 INTERNAL = ("_instantiator", "_class_path")
+MOST_VALUES = 1_000_000  # of a file of hyperparameters
 
 
 # --- load_from_checkpoint -------------------------------------------------------------------------------------------
@@ -330,10 +331,15 @@ def load_hparams_from_yaml(config_yaml: str | Path, use_omegaconf: bool = True) 
     if not _exists(config_yaml):
         return {}
     with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
+        loader = _plain_loader()(file)
         try:
-            hparams = yaml.load(file, _plain_loader())
-        except yaml.YAMLError as error:
+            node = loader.get_single_node()
+            _refuse_endless(node)
+            hparams = None if node is None else loader.construct_document(node)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(config_yaml)!r} can't be read as plain YAML: {error}") from error
+        finally:
+            loader.dispose()
     if hparams is None:
         return {}
     if not isinstance(hparams, dict):
@@ -349,6 +355,27 @@ def load_hparams_from_yaml(config_yaml: str | Path, use_omegaconf: bool = True) 
         except OmegaConfBaseException:  # values that it does not take (dates, sets)
             return hparams
     return hparams
+
+
+def _refuse_endless(node: Any) -> None:
+    """Refuse a document whose aliases stand for the same parts so often that to go through all of them would take for ever.
+
+    Raises:
+        ValueError: if they do.
+    """
+    counted: dict[int, int] = {}
+
+    def count(part: Any) -> int:
+        if id(part) not in counted:
+            counted[id(part)] = 1  # within itself
+            inside = part.value if isinstance(part.value, list) else []
+            counted[id(part)] = 1 + sum(sum(map(count, each)) if isinstance(each, tuple) else count(each) for each in inside)
+        if counted[id(part)] > MOST_VALUES:
+            raise ValueError(f"with its aliases it would have more than {MOST_VALUES} values")
+        return counted[id(part)]
+
+    if node is not None:
+        count(node)
 
 
 def _plain_loader() -> Any:

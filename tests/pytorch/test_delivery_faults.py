@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import resource
 import threading
 import time
 import warnings
@@ -19,7 +20,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch import delivery as delivery_module
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.delivery import Delivery, Outbox
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 @pytest.fixture(autouse=True)
@@ -363,3 +364,35 @@ def test_csv_rows_come_once_each_after_the_disk_was_full(
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(10))
     assert [float(row["x"]) for row in rows] == [float(step % 5) for step in range(10)]
+
+
+# ---- TensorBoard on a disk that is full -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_tensorboard_gets_every_row_after_the_disk_was_full(Logging: Any, make_trainer: Any, numbers: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(".")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                trainer.flush_loggers()
+                size = max(path.stat().st_size for path in Path(logger.log_dir).iterdir())
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, unlimited[1]))  # bytes of any file
+            if batch_idx == 15:
+                trainer.flush_loggers()
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    try:
+        with warned() as told:
+            make_trainer(logger=logger, callbacks=Fills()).fit(Logging(), numbers(20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    told = [message for message in told if "Exception in thread" not in message]
+    assert len(told) == 1
+    assert "TensorBoardLogger raised OSError" in told[0]
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload().Scalars("x")
+    assert {event.step: event.value for event in events} == {step: float(step) for step in range(20)}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +24,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+KEPT = 1000  # values that may be written again after an error
 
 # The package that must be there, and the module that then holds `SummaryWriter`; the first that is there is used.
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}
@@ -85,6 +90,8 @@ class TensorBoardLogger(FolderLogger):
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._default_hp_metric = default_hp_metric
         self._kwargs = kwargs
+        self._unflushed: deque[tuple[str, Any, int | None, float]] = deque(maxlen=KEPT)  # name, value, step, time
+        self._torn = False  # the file of the values before could not be written
 
     @property
     def log_dir(self) -> str:
@@ -113,6 +120,10 @@ class TensorBoardLogger(FolderLogger):
             if self._experiment is None:
                 writer: Any = importlib.import_module(writer_module()).SummaryWriter
                 self._experiment = writer(log_dir=self.log_dir, **self._kwargs)
+                if self._torn:
+                    self._torn = False
+                    for name, value, step, when in self._unflushed:
+                        self._add(name, value, step, walltime=when)
             return self._experiment  # type: ignore[no-any-return]
 
     @rank_zero_only
@@ -128,11 +139,29 @@ class TensorBoardLogger(FolderLogger):
             ValueError: if a metric is neither a number, nor a one-element tensor, nor a dict of them.
         """
         self._catch_up()
+        points: list[tuple[str, Any, int | None, float]] = []
         for name, value in add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR).items():
-            if isinstance(value, Mapping):
-                self.experiment.add_scalars(name, {key: scalar(f"{name}/{key}", v) for key, v in value.items()}, step)
-            else:
-                self.experiment.add_scalar(name, scalar(name, value), step)
+            number = {key: scalar(f"{name}/{key}", v) for key, v in value.items()} if isinstance(value, Mapping) else scalar(name, value)
+            points.append((name, number, step, time.time()))
+        with self._lock, self._replaced_on_error():
+            for name, number, _, _ in points:
+                self._add(name, number, step)
+            self._unflushed.extend(points)
+
+    def _add(self, name: str, value: Any, step: int | None, **kwargs: Any) -> None:
+        add = self.experiment.add_scalars if isinstance(value, Mapping) else self.experiment.add_scalar
+        add(name, value, step, **kwargs)
+
+    @contextmanager
+    def _replaced_on_error(self) -> Generator[None, None, None]:
+        """A writer that has failed to write never writes again: another one takes its place, and gets what is not surely in the file."""
+        try:
+            yield
+        except OSError:
+            writer, self._experiment, self._torn = self._experiment, None, True
+            with suppress(Exception):
+                writer.close()
+            raise
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
@@ -184,7 +213,9 @@ class TensorBoardLogger(FolderLogger):
     def save(self) -> None:
         """Write the events that are held back, those included that a Trainer has sent and that are still on their way."""
         self._catch_up()
-        self.experiment.flush()
+        with self._lock, self._replaced_on_error():
+            self.experiment.flush()
+            self._unflushed.clear()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

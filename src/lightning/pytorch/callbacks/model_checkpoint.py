@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -20,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks import checkpoint_names as names
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
+from lightning.pytorch.callbacks.checkpoint_books import BOOKS, Books, on_cpu
 from lightning.pytorch.callbacks.checkpoint_schedule import Schedule, refuse
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.finite import looked_at, nonfinite_parameter
@@ -31,10 +30,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BOOKS = ("best_k_models", "best_model_path", "best_model_score", "current_score", "kth_best_model_path", "kth_value", "last_model_path")
 
-
-class ModelCheckpoint(Checkpoint):
+class ModelCheckpoint(Books, Checkpoint):
     """Save checkpoints while training: the ``save_top_k`` best by a metric, or the latest, and optionally ``last.ckpt``.
 
     By default one file with the latest state is saved at the end of each training epoch; with several validation runs in an epoch,
@@ -131,14 +128,7 @@ class ModelCheckpoint(Checkpoint):
         self._schedule = Schedule(every_n_train_steps, train_time_interval, every_n_epochs, save_on_train_epoch_end)
         self._check_arguments()
 
-        self.best_k_models: dict[str, Tensor] = {}
-        self.best_model_path = ""
-        self.best_model_score: Tensor | None = None
-        self.current_score: Tensor | None = None
-        self.kth_best_model_path = ""
-        self.kth_value = self._worst
-        self.last_model_path = ""
-
+        self._open_books()
         self._first_step: int | None = None  # the global step at which training began
         self._validated_step: int | None = None  # the global step of the latest validation run
         self._last_global_step_saved = 0
@@ -361,11 +351,11 @@ class ModelCheckpoint(Checkpoint):
         """
         former = state_dict.get("dirpath", self.dirpath)
         if former == self.dirpath:
-            books = {path: _on_cpu(score) for path, score in state_dict.get("best_k_models", {}).items()}
+            books = {path: on_cpu(score) for path, score in state_dict.get("best_k_models", {}).items()}
             if self.save_top_k > 0:
                 ranked = sorted(books, key=lambda path: books[path].item(), reverse=self.mode == "max")[: self.save_top_k]
                 books = {path: score for path, score in books.items() if path in ranked}
-            self.best_model_score = _on_cpu(state_dict.get("best_model_score"))
+            self.best_model_score = on_cpu(state_dict.get("best_model_score"))
             self.last_model_path = state_dict.get("last_model_path", "")
             if books:
                 self._rank(books)
@@ -463,7 +453,7 @@ class ModelCheckpoint(Checkpoint):
                 return False
             dropped = self._save_latest(trainer, metrics)
         else:
-            score = _on_cpu(metrics[self.monitor])
+            score = on_cpu(metrics[self.monitor])
             event = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}: {self.monitor!r} = {score:.5f}"
             if not self.check_monitor_top_k(trainer, score):
                 self._say(f"{event} is not among the best {self.save_top_k}.")
@@ -496,15 +486,7 @@ class ModelCheckpoint(Checkpoint):
         """Take out of the books what could not be saved, and was given up for a newer checkpoint."""
         known = [path for path in (*self.best_k_models, self.last_model_path) if path]
         gone = _of_rank_0(trainer, [path for path in known if not self._taken(trainer, path)] if trainer.is_global_zero else [])
-        if any(path in self.best_k_models for path in gone):
-            books = {path: score for path, score in self.best_k_models.items() if path not in gone}
-            if books:
-                self._rank(books)
-            else:
-                self.best_k_models, self.best_model_path, self.best_model_score = {}, "", None
-                self.kth_best_model_path, self.kth_value = "", self._worst
-        if self.last_model_path in gone:
-            self.last_model_path = ""
+        self._forget(gone)
 
     def _save_latest(self, trainer: pl.Trainer, metrics: dict[str, Tensor]) -> str:
         """Save without a ranking; returns the path that is to go."""
@@ -565,30 +547,6 @@ class ModelCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             trainer.tell_loggers("after_save_checkpoint", proxy(self))
 
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        """Set the books before a save, for the file holds them, and set them back if it fails."""
-        before = {name: getattr(self, name) for name in BOOKS}
-        try:
-            yield
-        except BaseException:
-            for name, value in before.items():
-                setattr(self, name, value)
-            raise
-
-    @property
-    def _worst(self) -> Tensor:
-        return torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
-
-    def _rank(self, books: dict[str, Tensor]) -> None:
-        best, worst = (min, max) if self.mode == "min" else (max, min)
-        self.best_k_models = books
-        self.best_model_path = best(books, key=lambda path: books[path].item())
-        self.best_model_score = books[self.best_model_path]
-        full = self.save_top_k == -1 or len(books) >= self.save_top_k
-        self.kth_best_model_path = worst(books, key=lambda path: books[path].item()) if full else ""
-        self.kth_value = books[self.kth_best_model_path] if full else self._worst
-
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _free_path(self, trainer: pl.Trainer, metrics: dict[str, Tensor], own: str = "", template: str | None = None) -> str:
@@ -622,8 +580,3 @@ class ModelCheckpoint(Checkpoint):
 def _of_rank_0(trainer: pl.Trainer, value: T) -> T:
     """The value that rank 0 has, by which all processes decide alike; while a run is failing, nobody is waited for."""
     return value if trainer.state.status == TrainerStatus.INTERRUPTED else trainer.strategy.broadcast(value)
-
-
-def _on_cpu(score: Any) -> Any:
-    """A copy on the host: the device's tensor goes on changing, and a checkpoint's scores must load anywhere."""
-    return score.detach().cpu().clone() if isinstance(score, Tensor) else score

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.finite import has_been_looked_at, nonfinite_parameter
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.strategy import Strategy
@@ -50,6 +49,8 @@ def before_save(trainer: Trainer) -> None:
             trainer.strategy.checkpoint_io.wait()
         except Exception:
             log.exception("A checkpoint could not be saved.")  # and must not keep this one from being saved
+    from lightning.pytorch.utilities.finite import has_been_looked_at, nonfinite_parameter
+
     if has_been_looked_at():
         return
     name = nonfinite_parameter(trainer)

@@ -89,7 +89,7 @@ def test_interrupt_from_the_terminal_saves_and_ends(start: Start, workers: str) 
     assert done.left() == []
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_workers_too_is_what_ended_the_run(start: Start, number: int, context: str) -> None:
     running = start("--workers", "2", "--context", context)
@@ -127,8 +127,15 @@ def has_come(running: Any) -> bool:
 # ---- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["rank 0", "rank 1", "all"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "rank 1"),
+        (signal.SIGINT, "all"),
+        *(pytest.param(signal.SIGTERM, to, marks=pytest.mark.slow) for to in ("rank 0", "all")),
+        *(pytest.param(signal.SIGINT, to, marks=pytest.mark.slow) for to in ("rank 0", "rank 1")),
+    ],
+)
 def test_script_of_two_processes(start: Start, number: int, to: str) -> None:
     running = start("--strategy", "ddp", "--devices", "2")
     wait_until_ready(2)
@@ -143,7 +150,7 @@ def test_script_of_two_processes(start: Start, number: int, to: str) -> None:
     check_saved(2, "SIGTERMException" if number == signal.SIGTERM else "KeyboardInterrupt")
 
 
-@pytest.mark.parametrize("to", ["main", "rank 1"])
+@pytest.mark.parametrize("to", ["main", pytest.param("rank 1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, -signal.SIGINT)])
 def test_copies_in_two_processes(start: Start, number: int, code: int, to: str) -> None:
     running = start("--strategy", "ddp_fork", "--devices", "2")

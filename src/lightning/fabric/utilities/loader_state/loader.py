@@ -56,6 +56,9 @@ class ResumableLoader:
         self.cursor: Cursor | None = None
         self.pending: State | None = None
 
+    def __reduce__(self) -> Any:
+        return ResumableLoader, (self.loader, self.source.looks_ahead)  # a running pass stays with the original
+
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 

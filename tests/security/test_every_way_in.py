@@ -96,6 +96,12 @@ def last(path: str) -> None:
     trainer(enable_checkpointing=True, callbacks=[ModelCheckpoint("run", save_last=True)]).fit(Model(), ckpt_path="last")
 
 
+def auto(path: str) -> None:
+    os.makedirs("run")
+    os.rename(path, "run/epoch=0-step=1.ckpt")
+    trainer(enable_checkpointing=True, callbacks=[ModelCheckpoint("run")]).fit(Model(), ckpt_path="auto")
+
+
 def preempted(path: str) -> None:
     os.makedirs("job")
     os.rename(path, "job/hpc_ckpt_1.ckpt")
@@ -120,6 +126,7 @@ FILES: dict[str, Callable[[str], Any]] = {
     "predict": lambda path: trainer().predict(Model(), ckpt_path=path),
     "best": best,
     "last": last,
+    "auto": auto,
     "hpc": preempted,
     "remote": remote,
     "load_from_checkpoint": Model.load_from_checkpoint,
@@ -179,7 +186,7 @@ def test_hostile_file(way: str) -> None:
         for folder in ("run", "job"):
             shutil.rmtree(folder, ignore_errors=True)
         Path("bad.ckpt").write_bytes(files()[name])
-        named = {"an open file": "<BytesIO>", "last": "last.ckpt", "hpc": "hpc_ckpt_1.ckpt"}.get(way, "bad.ckpt")
+        named = {"an open file": "<BytesIO>", "last": "last.ckpt", "auto": "step=1.ckpt", "hpc": "hpc_ckpt_1.ckpt"}.get(way, "bad.ckpt")
         check(name, functools.partial(FILES[way], "bad.ckpt"), named, name in corpus.REFUSED)
 
 

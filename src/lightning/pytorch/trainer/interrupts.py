@@ -53,7 +53,10 @@ class Interrupts:
         """Listen no more."""
         if self._thread is None:
             return
-        current = signal.set_wakeup_fd(self._former)
+        try:
+            current = signal.set_wakeup_fd(self._former)
+        except (OSError, ValueError):  # whoever listened before has closed it meanwhile
+            current = signal.set_wakeup_fd(-1)
         if current != self._writer:  # somebody came later, and stays
             signal.set_wakeup_fd(current)
         with suppress(OSError):

@@ -221,3 +221,20 @@ def test_batches_of_evaluation_come_as_they_are(batches: Any, Numbers: Any) -> N
 
     taken, _ = batches("test", DataLoader(Numbers(4), batch_size=2, collate_fn=collate))
     assert taken == [(0, 0.0, 10.0), (0, 2.0, 30.0)]
+
+
+@pytest.mark.parametrize("none", [[], {}])
+def test_model_may_say_that_it_has_no_validation_loaders(Weight: Any, make_trainer: Any, numbers: Any, none: Any) -> None:
+    class Model(Weight):  # type: ignore[misc]
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            raise AssertionError
+
+        def val_dataloader(self) -> Any:
+            return none
+
+    model = Model()
+    trainer = make_trainer(num_sanity_val_steps=2, max_epochs=2)
+    trainer.fit(model, numbers(3))
+    assert trainer.state.finished
+    assert len(model.seen) == 6
+    assert trainer.num_val_batches == []

@@ -353,10 +353,12 @@ class RunData:
     def _load_evaluation(self, stage: str) -> EvalLoaders:
         config = self.trainer._config
         asked = self._ask(stage)
-        combined = copy.copy(asked) if isinstance(asked, CombinedLoader) else CombinedLoader(asked, "sequential")
-        combined.flattened = [self._prepared(loader, stage) for loader in combined.flattened]
-        # Loaders side by side count as one loader, whose batches are combinations.
-        loaders: list[Any] = combined.flattened if combined.mode == "sequential" else [_Sized(combined)]
+        loaders: list[Any] = []
+        if not (isinstance(asked, (list, tuple, dict)) and len(asked) == 0):  # which says that there are none
+            combined = copy.copy(asked) if isinstance(asked, CombinedLoader) else CombinedLoader(asked, "sequential")
+            combined.flattened = [self._prepared(loader, stage) for loader in combined.flattened]
+            # Loaders side by side count as one loader, whose batches are combinations.
+            loaders = combined.flattened if combined.mode == "sequential" else [_Sized(combined)]
         limit = getattr(config, f"limit_{stage}_batches")
         lengths = self._everywhere([UNBOUNDED if length is None else length for length in map(sized_len, loaders)])
         if len({len(each) for each in lengths}) > 1:

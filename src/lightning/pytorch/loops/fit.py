@@ -18,7 +18,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.seed import set_rng_states
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import resume
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import no_op, override_of, scoped
@@ -27,7 +26,6 @@ from lightning.pytorch.loops.batches import counted, looked_ahead
 from lightning.pytorch.loops.evaluate import metrics_held
 from lightning.pytorch.loops.progress import FitProgress, Next
 from lightning.pytorch.loops.schedulers import Schedulers
-from lightning.pytorch.loops.together import end_epoch_together
 from lightning.pytorch.metric_entry import Entry
 from lightning.pytorch.trainer.states import RunningStage
 
@@ -132,6 +130,8 @@ class FitLoop:
             metrics.serial += 1
             self.log_step = p.stepped
             if hooks.on_train_batch_start(batch, p.batch_idx) == -1:
+                from lightning.pytorch.loops.together import end_epoch_together
+
                 end_epoch_together(trainer)
                 self.schedulers.step_epoch()
                 break
@@ -357,7 +357,9 @@ class FitLoop:
             self.after_validation()
             return
         self.trainer._data.reload_val_if_due(self.progress.epoch)
-        self.before_validation = resume.before_validation(self.trainer)
+        from lightning.pytorch.resume import before_validation
+
+        self.before_validation = before_validation(self.trainer)
         if self.progress.updates and self.metrics.batch is not None:  # a resumed run has no gradients yet; in mid-window they are needed
             with self.trainer._in_stage(RunningStage.VALIDATING):
                 self.free_gradients()

@@ -9,7 +9,6 @@ import torch
 from lightning._version import KERAUNOS_VERSION, __version__
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import resume
 from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.dispatch import override_of
@@ -55,6 +54,8 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         if state:
             checkpoint[type(precision).__qualname__] = state
         precision.on_save_checkpoint(checkpoint)
+        from lightning.pytorch import resume
+
         loop = trainer.fit_loop
         # What a process that fails has gathered can't be averaged with what the others have.
         alone = strategy.world_size == 1 or trainer.state.status is not TrainerStatus.INTERRUPTED
@@ -214,6 +215,8 @@ def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.validate_loop.seen = list(checkpoint.get("loops", {}).get("validate_loop", {}).get("seen", []))
     loop.restarting = True
     loop.resumed_position = checkpoint.get("keraunos", {}).get("data")
+    from lightning.pytorch import resume
+
     saved = checkpoint.get("keraunos", {}).get("processes")
     loop.resumed = resume.own_part(saved, trainer.global_rank, trainer.world_size)
 

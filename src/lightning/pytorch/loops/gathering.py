@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning.fabric.collectives import SHOWN_RANKS
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -82,5 +81,7 @@ class Gathering:
 
 
 def _by_rank(values: list[Any]) -> str:
+    from lightning.fabric.collectives import SHOWN_RANKS
+
     shown = [f"{value} on rank {rank}" for rank, value in enumerate(values[:SHOWN_RANKS])]
     return ", ".join(shown) + (", ..." if len(values) > SHOWN_RANKS else "")

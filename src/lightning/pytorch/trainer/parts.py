@@ -19,7 +19,6 @@ from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.dispatch import sorted_callbacks
 from lightning.pytorch.loops import bind
-from lightning.pytorch.resume import take_up, take_up_data
 from lightning.pytorch.trainer import checks
 from lightning.pytorch.trainer.config import TrainerConfig, as_list
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -234,6 +233,8 @@ def replace_optimizers(trainer: TrainerAttributes, optimizers: Sequence[Optimize
 
 def ready_to_fit(trainer: Trainer) -> bool:
     """Run the sanity check, then ask for the training data; False if there is nothing to train on."""
+    from lightning.pytorch.resume import take_up, take_up_data
+
     loop, config, data = trainer.fit_loop, trainer._config, trainer._data
     validates = trainer.enable_validation
     checks.check_storable(trainer)

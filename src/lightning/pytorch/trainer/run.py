@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning.fabric.utilities.loader_state import ResumableLoader
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import checkpoint as ckpt
 from lightning.pytorch.callbacks.callback import Callback
-from lightning.pytorch.ckpt_path import go_on_logging, path_for_all
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
@@ -62,6 +60,8 @@ def running(
     state.fn, state.status, state.stage = function, TrainerStatus.RUNNING, STAGES[function]
     trainer.should_stop = False
     try:
+        from lightning.pytorch.ckpt_path import go_on_logging, path_for_all
+
         attach(trainer, module, datamodule)
         meet(trainer)
         path = trainer._ckpt_path = path_for_all(trainer, ckpt_path, model_given)
@@ -368,6 +368,10 @@ def add_note(error: BaseException, text: str) -> None:
 
 def free_loaders(trainer: Trainer) -> None:
     """End the worker processes of the run's loaders, persistent ones too."""
+    if not trainer._data.loaded:
+        return
+    from lightning.fabric.utilities.loader_state import ResumableLoader
+
     for stage in trainer._data.loaded.values():
         for loader in stage.parts if isinstance(stage, TrainLoader) else stage.sources:
             if isinstance(loader, ResumableLoader):

@@ -181,7 +181,7 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
             self._log_info(
                 trainer,
-                f"Early stopping on {self.monitor!r} had ended the run that is resumed, so it ends here. To train on, leave the callback out.",
+                f"Early stopping on {self.monitor!r} had ended the run that is resumed: it ends here. To train on, leave the callback out.",
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -75,6 +75,19 @@ def test_training_killed_at_every_system_call_of_its_saves_goes_on_to_the_same_b
     assert result["resumed"] >= result["killed"] - 2 > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_training_that_may_try_again_goes_on_whatever_system_call_of_its_saves_is_refused(how: str, shim: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "LD_PRELOAD": shim, "PYTHONPATH": str(HERE)}
+    command = [sys.executable, str(HERE / "retry_storm.py"), how, "--every", "1" if FULL else "29", "--where", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["calls"] > 80
+    assert result["runs"] > 5
+
+
 @pytest.mark.skipif(not FULL, reason="a part of `make test-faults`")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_another_file_system_keeps_the_promise_too(scenario: str, shim: str) -> None:

@@ -204,3 +204,19 @@ def test_patience_outlives_pickling() -> None:
     assert type(copied) is PatientCheckpointIO
     assert copied.retries
     assert isinstance(copied.checkpoint_io, TorchCheckpointIO)
+
+
+def test_removal_that_is_refused_is_a_warning_too() -> None:
+    class Clinging(Full):
+        def remove_checkpoint(self, path: Any) -> None:
+            raise OSError(errno.EACCES, "Permission denied", path)
+
+    writer = patient(Clinging())
+    writer.save_checkpoint(checkpoint(1), "a.ckpt")
+    writer.remove_checkpoint("a.ckpt")
+    with pytest.warns(UserWarning, match=r"'a\.ckpt' could not be removed or changed: Permission denied .*it is left as it is"):
+        writer.poll()
+    writer.teardown()
+    impatient = AsyncCheckpointIO(Clinging())
+    with pytest.raises(OSError, match="Permission denied"):
+        impatient.remove_checkpoint("a.ckpt")

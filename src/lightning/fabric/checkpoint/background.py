@@ -324,7 +324,14 @@ class BackgroundCheckpointIO(CheckpointIO):
                 return
             if not self._acting:
                 self._after = [(other, waiting) for other, waiting in self._after if other != about]
-        action()
+        try:
+            action()
+        except OSError as error:
+            if not self.retries:
+                raise
+            with self._lock:
+                self._told.append((f"{about!r} could not be removed or changed", error, False))
+                self.troubled = True
 
     def is_pending(self, path: PathLike | None = None) -> bool:
         """Whether a save to this path, or to any, is under way, or is to be tried again, or something waits that is about it."""
@@ -346,7 +353,8 @@ class BackgroundCheckpointIO(CheckpointIO):
             if not final:
                 number = f" (errno {error.errno})" if isinstance(error, OSError) and error.errno is not None else ""
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-                rank_zero_warn(f"{message}: {reason}{number}. The run goes on, it is tried again, and what was saved before stays.")
+                then = "it is tried again, and what was saved before stays" if "not saved" in message else "and it is left as it is"
+                rank_zero_warn(f"{message}: {reason}{number}. The run goes on, {then}.")
         for message, error, final in told:
             if final:
                 if isinstance(error, OSError) and error.errno is not None:

@@ -33,8 +33,9 @@ def train(rank: int, size: int, folder: str, model: Model, resume: bool) -> Any:
     import warnings
 
     warnings.filterwarnings("ignore", ".*is not empty")
-    callbacks = (ModelCheckpoint(folder),)
-    trainer = trainer_of(folder, callbacks=callbacks, strategy=DDPStrategy(), devices=size)
+    # DDP lays its buckets out anew after the first batch of a process, and three numbers have several sums; so it does not do that here.
+    strategy = DDPStrategy(find_unused_parameters=size > 2)
+    trainer = trainer_of(folder, callbacks=(ModelCheckpoint(folder),), strategy=strategy, devices=size)
     try:
         weights = fit(trainer, model, size, ckpt_path="auto" if resume else None)
     except (KeyboardInterrupt, SIGTERMException) as error:

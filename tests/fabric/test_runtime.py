@@ -181,7 +181,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"plugins": [TorchCheckpointIO(), TorchCheckpointIO()]}, MisconfigurationException, "plugins got two of the kind CheckpointIO"),
     ({"plugins": DoublePrecision(), "precision": 64}, ValueError, "precision=64 and the plugin DoublePrecision both choose the precision"),
     ({**WITH_DOUBLE, "precision": 32}, MisconfigurationException, "brings the precision '64-true', and precision=32 was given beside it"),
-    ({**WITH_DOUBLE, "plugins": Precision()}, MisconfigurationException, "brings the precision '64-true', and the plugin Precision was given"),
+    (
+        {**WITH_DOUBLE, "plugins": Precision()},
+        MisconfigurationException,
+        "brings the precision '64-true', and the plugin Precision was given",
+    ),
     (
         {"strategy": SingleDeviceStrategy(checkpoint_io=TorchCheckpointIO()), "plugins": TorchCheckpointIO()},
         MisconfigurationException,

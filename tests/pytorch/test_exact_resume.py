@@ -88,6 +88,25 @@ class Model(LightningModule):
         ]
 
 
+class Manual(Model):
+    """Two optimizers that step by hand, in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.layers[0].parameters(), lr=0.05), torch.optim.SGD(self.layers[3].parameters(), lr=0.1, momentum=0.9)]
+
+
 class Trace(Callback):
     """Remembers which hooks ran, from the start of training to its end."""
 
@@ -139,6 +158,7 @@ WITHIN = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "a loader with a state": {"kind": StatefulDataLoader},
+    "manual optimization": {"model": Manual, "val_check_interval": 2},
     "validation in mid-epoch": {"val_check_interval": 2},
     "accumulation": {"accumulate_grad_batches": 2, "val_check_interval": 3},
     "limits": {"limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 2},
@@ -164,10 +184,11 @@ class Run:
         workers: int = 0,
         seed: int = 1,
         kind: Any = DataLoader,
+        model: Any = Model,
         **settings: Any,
     ):
         seed_everything(seed, verbose=False)
-        self.rows, self.trace, self.model, interrupt = Rows(), Trace(), Model(), Interrupt(at)
+        self.rows, self.trace, self.model, interrupt = Rows(), Trace(), model(), Interrupt(at)
         callbacks = [self.trace, EarlyStopping("val", patience=100), interrupt]
         self.trainer = make_trainer(max_epochs=EPOCHS, logger=self.rows, callbacks=callbacks, enable_checkpointing=True, **settings)
         try:

@@ -129,7 +129,10 @@ def test_more_batches_unused_than_a_loop_fetches_ahead_are_an_error() -> None:
         (lambda: DataLoader(Augmented(), batch_size=3), "batch size: 2 then, 3 now.*some samples may come twice or never"),
         (lambda: DataLoader(Augmented(), batch_size=2, sampler=Eager()), "sampler: SequentialSampler then, Eager now"),
         (lambda: DataLoader(Augmented(), batch_size=2, num_workers=1), "workers: 0 then, 1 now.*the order of the samples does not"),
-        (lambda: [1, 2, 3], "another kind of training loader than this list: in the epoch in which it was saved, the batches that this one gives first"),
+        (
+            lambda: [1, 2, 3],
+            "another kind of training loader than this list: in the epoch in which it was saved, the batches that this one gives first",
+        ),
     ],
 )
 def test_a_loader_that_is_another_one_is_told(loader: Any, message: str) -> None:

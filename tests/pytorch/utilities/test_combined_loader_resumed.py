@@ -18,6 +18,7 @@ from lightning.fabric.utilities.loader_state import ResumableLoader
 from lightning.fabric.utilities.seed import collect_rng_states, seed_everything, set_rng_states
 from lightning.pytorch.utilities import CombinedLoader
 
+
 def combined(mode: Any, wrapped: bool = True) -> CombinedLoader:
     loaders: list[Any] = [
         DataLoader(Augmented(8), batch_size=2, shuffle=True, collate_fn=collate),

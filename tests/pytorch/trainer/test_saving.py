@@ -153,6 +153,17 @@ def test_a_whole_checkpoint_is_there_at_every_moment_after_the_first(Weight: Any
     assert os.path.samefile("saved/last.ckpt", "saved/step=8.ckpt")
 
 
+def test_last_is_a_copy_where_there_are_no_links(Weight: Any, make: Make, numbers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    make(every_step(save_last="link"), async_checkpointing=True).fit(Weight(), numbers(4))
+    assert sorted(os.listdir("saved")) == ["last.ckpt", "step=4.ckpt"]
+    assert not os.path.islink("saved/last.ckpt")
+    assert load("saved/last.ckpt")["global_step"] == 4
+
+
 def test_error_is_raised_after_the_next_batch_and_what_was_saved_before_stays(Weight: Any, make: Make, numbers: Make) -> None:
     disk, steps = Disk(lambda name: name == "step=3.ckpt"), Steps(settled)
     with pytest.raises(OSError, match=r"step=3\.ckpt' was not saved: No space left") as info:

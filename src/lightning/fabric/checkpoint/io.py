@@ -513,6 +513,9 @@ class CheckpointIO(ABC):
     def poll(self) -> None:
         """Raise the error of a save in the background that has failed, once. Called between two batches, once ``troubled`` is True."""
 
+    def settle(self) -> None:
+        """Wait for what is being written in the background."""
+
     def wait(self) -> None:
         """Wait until what has been saved is on the disk, and raise the error if it is not. Called at the end of ``fit``."""
 

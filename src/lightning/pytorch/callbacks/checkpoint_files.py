@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
+
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what file systems without links answer
 
 
 def folder_of_run(trainer: pl.Trainer) -> str:
@@ -104,15 +107,41 @@ def link(target: Path, path: Path) -> bool:
 
 
 def link_to_saved(target: str, path: str) -> bool:
-    """The same for local paths, if ``target`` has been saved by now; returns whether it has.
+    """The same for local paths, if ``target`` has been saved by now; a copy where links are not possible.
+
+    Returns:
+        Whether it has been saved.
 
     Raises:
-        OSError: if it was not possible.
+        OSError: if neither was possible.
     """
     if not os.path.exists(target):
         return False
-    make_link(target, path)
+    try:
+        make_link(target, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        copy_saved(target, path)
     return True
+
+
+def copy_saved(target: str, path: str) -> None:
+    """Put a copy of a local checkpoint, a file or a directory, at ``path``, in place of what is there."""
+    import shutil
+
+    temporary = os.path.join(os.path.dirname(os.path.abspath(path)), temporary_name())
+    try:
+        (shutil.copytree if os.path.isdir(target) else shutil.copyfile)(target, temporary)
+        for top, _, names in os.walk(temporary) if os.path.isdir(temporary) else [("", [], [temporary])]:
+            for name in names:
+                with open(os.path.join(top, name), "r+b") as file:
+                    os.fsync(file.fileno())
+        replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            shutil.rmtree(temporary) if os.path.isdir(temporary) else os.unlink(temporary)
+        raise
 
 
 def make_link(target: str, path: str) -> None:

@@ -124,7 +124,7 @@ def requeue(trainer: Trainer) -> None:
         path = trainer.strategy.broadcast(next_path(trainer) if trainer.is_global_zero else "")
         rank_zero_info(f"The job's time is nearly over: saving {path}, to go on from there in the next job.")
         trainer.save_checkpoint(path)
-        trainer.strategy.checkpoint_io.wait()  # SLURM gives what it ends half a minute
+        trainer.strategy.checkpoint_io.settle()  # SLURM gives what it ends half a minute
     requeued = trainer.strategy.broadcast(trainer.is_global_zero and call_scontrol())
     if requeued and trainer._signals is not None:
         trainer._signals.is_saved = True

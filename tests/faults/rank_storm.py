@@ -38,7 +38,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 PREEMPTED = 143
-PATIENCE = 30.0  # seconds after which processes that should have ended have not
+PATIENCE = 90.0  # seconds after which processes that should have ended have not
 
 
 class Net(kill_storm.Net):

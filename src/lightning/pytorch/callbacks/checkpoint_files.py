@@ -9,7 +9,6 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric import collectives
 from lightning.fabric.checkpoint.io import check_writable, replace
 from lightning.fabric.checkpoint.temporary import sweep, temporary_name
 from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
@@ -180,7 +179,7 @@ def prepare_folder(trainer: pl.Trainer, folder: Path) -> None:
             check_writable(local)
         except OSError as error:
             problem = (type(error), error.errno, error.strerror, error.filename)
-    found = collectives.gather_object(problem) if strategy.world_size > 1 else [problem]
+    found = strategy.gather_objects(problem)
     for rank, told in enumerate(found):
         if told is not None:
             kind, number, text, name = told

@@ -271,6 +271,21 @@ def test_rows_that_users_write_come_in_their_turn(Logging: Any, make_trainer: An
     assert [int(row["step"]) for row in rows_of(logger)] == [0, 1, 102, 2, 3, 4, 105, 5, 6]
 
 
+def test_rows_that_users_write_to_loggers_of_their_own_come_in_their_turn(Logging: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
+    class Model(Logging):  # type: ignore[misc]
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx % 3 == 2:
+                self.logger.log_metrics({"mine": 1.0}, step=100 + batch_idx)
+
+        def on_train_epoch_end(self) -> None:
+            for logger in self.loggers:
+                logger.log_metrics({"mine": 1.0}, step=200)
+
+    rows = Rows()
+    make_trainer(logger=rows).fit(Model(), numbers(7))
+    assert [step for step, _ in rows.rows] == [0, 1, 102, 2, 3, 4, 105, 5, 6, 200]
+
+
 def test_save_writes_the_rows_that_are_on_their_way(Logging: Any, make_trainer: Any, numbers: Any) -> None:
     found: list[int] = []
 

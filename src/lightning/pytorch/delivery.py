@@ -97,6 +97,8 @@ class Outbox:
     def settle(self) -> None:
         """Wait for a logger that answers promptly; for another one, not longer than a small share of the run's time."""
         self._raise_warning()
+        if not self._is_busy or threading.current_thread() is self._thread:
+            return
         if self._here:
             self._work_here()
             return

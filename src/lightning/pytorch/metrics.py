@@ -387,6 +387,7 @@ class Metrics:
     def close_epoch(self) -> None:
         """From here on the epoch's values count: hooks of the epoch's end see them."""
         self.merge_steps()
+        self.delivery.settle()  # so that what these hooks give to a logger themselves comes after the rows before
         self.epoch_ended = True
         self.reduce_epoch()
 

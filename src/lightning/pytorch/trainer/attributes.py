@@ -410,6 +410,7 @@ class TrainerAttributes:
     @property
     def logger(self) -> Any:
         """The first logger, or None."""
+        self._metrics.delivery.settle()  # whoever asks for it is going to use it, after the rows that were sent before
         return self._loggers[0] if self._loggers else None
 
     @logger.setter

@@ -201,6 +201,33 @@ def test_hostile_file_in_a_sharded_checkpoint_is_refused(victim: str, entry: str
         ENTRIES[entry]("bad.ckpt")
 
 
+def sharded_checkpoint() -> None:
+    os.mkdir(".new")
+    weights = Model().state_dict()
+    sharded.write_shards(weights, ".new")
+    stood = {name: sharded.stand_in(value, name) for name, value in weights.items()}
+    sharded.commit(checkpoint(state_dict=stood), ".new", os.path.abspath("bad.ckpt"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no file without end here")
+@pytest.mark.parametrize("victim", [".metadata", "meta.pt", "__0_0.distcp", "manifest.json"])
+def test_link_to_a_device_is_refused(victim: str) -> None:
+    sharded_checkpoint()
+    Path("bad.ckpt", victim).unlink()
+    Path("bad.ckpt", victim).symlink_to("/dev/zero")
+    with pytest.raises((RuntimeError, OSError), match=r"bad\.ckpt"):
+        Fabric(accelerator="cpu").load("bad.ckpt")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_pipe_and_device_are_no_checkpoints() -> None:
+    os.mkfifo("bad.ckpt")
+    with pytest.raises(RuntimeError, match=r"'bad\.ckpt' is no file"):
+        Fabric(accelerator="cpu").load("bad.ckpt")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -214,9 +214,38 @@ def test_removal_that_is_refused_is_a_warning_too() -> None:
     writer = patient(Clinging())
     writer.save_checkpoint(checkpoint(1), "a.ckpt")
     writer.remove_checkpoint("a.ckpt")
-    with pytest.warns(UserWarning, match=r"'a\.ckpt' could not be removed or changed: Permission denied .*it is left as it is"):
+    with pytest.warns(UserWarning, match=r"'a\.ckpt' could not be removed: Permission denied .*The run goes on, and it stays"):
         writer.poll()
     writer.teardown()
     impatient = AsyncCheckpointIO(Clinging())
     with pytest.raises(OSError, match="Permission denied"):
         impatient.remove_checkpoint("a.ckpt")
+
+
+@KINDS
+def test_link_that_failed_is_made_at_the_end_and_holds_back_removals_until_then(kind: type[BackgroundCheckpointIO]) -> None:
+    disk = Full()
+    writer = patient(disk, kind)
+    writer.save_checkpoint(checkpoint(1), "a.ckpt")
+    writer.wait()
+    disk.refused.add("b.ckpt")
+    writer.save_checkpoint(checkpoint(2), "b.ckpt")
+    outcomes = [OSError(errno.ENOSPC, "No space left on device"), None]
+    left: list[list[str]] = []
+
+    def link() -> None:
+        left.append(sorted(os.listdir()))
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+    writer.after_saves("last.ckpt", link)
+    writer.remove_checkpoint("a.ckpt")
+    disk.refused.clear()
+    until(lambda: not outcomes[1:] and not writer._thread.is_alive())
+    assert sorted(os.listdir()) == ["a.ckpt", "b.ckpt"]
+    with pytest.warns(UserWarning, match=r"'last\.ckpt' could not be removed or changed: No space left"):
+        writer.wait()
+    assert left == [["a.ckpt", "b.ckpt"]] * 2
+    assert os.listdir() == ["b.ckpt"]
+    writer.teardown()

@@ -89,6 +89,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._order = GO_ON
         self._wake = threading.Event()
         self._acting = False  # the first of these is being done
+        self._stalled = False  # one of them has failed, and is tried again
         self._pausing = False  # a save has failed, and is tried again later
         self._leaving = False
         self._awaited = False  # when Python ends
@@ -243,7 +244,7 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     def _fail(self, path: str, error: BaseException, final: bool, silent: bool = False) -> None:
         with self._lock:
-            self._failed = True
+            self._failed, self._stalled = True, False
             if final:
                 self._path = self._spare = None
             if final or not silent:
@@ -255,7 +256,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         while True:
             with self._lock:
                 if not self._after:
-                    self._failed, self._path, self._spare = False, None, None
+                    self._failed, self._stalled, self._path, self._spare = False, False, None, None
                     return
                 about, action = self._after[0]
                 self._acting = True
@@ -263,7 +264,8 @@ class BackgroundCheckpointIO(CheckpointIO):
             try:
                 done = action() is not False
             except BaseException as caught:
-                done, error = True, caught
+                error = caught
+                done = not (self.retries and isinstance(error, OSError))
             with self._lock:
                 self._acting = False
                 if done:
@@ -272,10 +274,10 @@ class BackgroundCheckpointIO(CheckpointIO):
                     continue
                 # What comes after it may rely on it: the removal of a file to which a link was to point no more.
                 self._failed, self._path, self._spare = error is not None, None, None
-                if error is None:
-                    return
-                self._told.append((f"After a checkpoint was saved, {about!r} could not be removed or changed", error, not self.retries))
-                self.troubled = True
+                self._stalled = error is not None and not done
+                if error is not None:
+                    self._told.append((f"After a checkpoint was saved, {about!r} could not be removed or changed", error, done))
+                    self.troubled = True
                 return
 
     # ---- what goes with it ------------------------------------------------------------------------------------------
@@ -303,8 +305,19 @@ class BackgroundCheckpointIO(CheckpointIO):
             args: as for :meth:`CheckpointIO.remove_checkpoint`.
             kwargs: the same.
         """
-        path = args[0] if args else kwargs["path"]
-        self.after_saves(os.fspath(path), lambda: self.writer.remove_checkpoint(*args, **kwargs))
+        path = os.fspath(args[0] if args else kwargs["path"])
+
+        def remove() -> None:
+            try:
+                self.writer.remove_checkpoint(*args, **kwargs)
+            except OSError as error:  # which leaves a file too many, and keeps nothing else from being done
+                if not self.retries:
+                    raise
+                with self._lock:
+                    self._told.append((f"{path!r} could not be removed", error, False))
+                    self.troubled = True
+
+        self.after_saves(path, remove)
 
     def after_saves(self, path: PathLike, action: Callable[[], Any]) -> None:
         """Do something once the saves that have begun are on the disk; not before another succeeds, if the latest has failed.
@@ -324,14 +337,7 @@ class BackgroundCheckpointIO(CheckpointIO):
                 return
             if not self._acting:
                 self._after = [(other, waiting) for other, waiting in self._after if other != about]
-        try:
-            action()
-        except OSError as error:
-            if not self.retries:
-                raise
-            with self._lock:
-                self._told.append((f"{about!r} could not be removed or changed", error, False))
-                self.troubled = True
+        action()
 
     def is_pending(self, path: PathLike | None = None) -> bool:
         """Whether a save to this path, or to any, is under way, or is to be tried again, or something waits that is about it."""
@@ -353,7 +359,7 @@ class BackgroundCheckpointIO(CheckpointIO):
             if not final:
                 number = f" (errno {error.errno})" if isinstance(error, OSError) and error.errno is not None else ""
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-                then = "it is tried again, and what was saved before stays" if "not saved" in message else "and it is left as it is"
+                then = "and it stays" if message.endswith("could not be removed") else "it is tried again, and what was saved before stays"
                 rank_zero_warn(f"{message}: {reason}{number}. The run goes on, {then}.")
         for message, error, final in told:
             if final:
@@ -364,8 +370,14 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     def wait(self) -> None:
         """Wait until what has been saved is on the disk, and raise the error if it is not; what has failed is tried a last time."""
-        self._command(LAST_TRY)
+        self._end()
         self.poll()
+
+    def _end(self) -> None:
+        self._command(LAST_TRY)
+        if self._stalled:
+            self._stalled = False
+            self._follow_up()
 
     def leave_soon(self) -> None:
         """This process fails: don't wait for long for other processes any more, until :meth:`teardown`."""
@@ -378,11 +390,12 @@ class BackgroundCheckpointIO(CheckpointIO):
             OSError: or any other error, if the last save has failed.
         """
         try:
-            self._command(LAST_TRY)
+            self._end()
             self.poll()
         finally:
             self._staging, self._held, self._spare, self._leaving = Staging(), None, None, False
-            self._after, self._failed = [], False  # what another run saves is no reason to remove anything of this one
+            # What another run saves is no reason to remove anything of this one.
+            self._after, self._failed, self._stalled = [], False, False
             self.writer.teardown()
 
 

@@ -187,7 +187,9 @@ def test_hostile_file(way: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         Path("bad.ckpt").write_bytes(files()[name])
         named = {"an open file": "<BytesIO>", "last": "last.ckpt", "auto": "step=1.ckpt", "hpc": "hpc_ckpt_1.ckpt"}.get(way, "bad.ckpt")
-        check(name, functools.partial(FILES[way], "bad.ckpt"), named, name in corpus.REFUSED)
+        # "auto" passes over what is no checkpoint of a run; this one is a tensor, which is not looked at before that is known.
+        passed_over = way == "auto" and name == "a view beyond the storage"
+        check(name, functools.partial(FILES[way], "bad.ckpt"), named, name in corpus.REFUSED and not passed_over)
 
 
 @pytest.mark.parametrize("way", FILES)

@@ -309,7 +309,7 @@ def fail(trainer: Trainer, error: BaseException) -> None:
     if trainer.strategy.is_distributed:
         from lightning.fabric.launchers.failures import report_failure
 
-        report_failure(error)  # first of all: the other processes are waiting for this one
+        attempt(error, report_failure, error)  # first of all: the other processes are waiting for this one
         attempt(error, trainer.strategy.on_exception, error)
     attempt(error, stop_listening, trainer)
     module, metrics = trainer.strategy.lightning_module, trainer._metrics

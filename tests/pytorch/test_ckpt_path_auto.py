@@ -139,7 +139,10 @@ def test_weights_alone_are_passed_over(make_trainer: Any) -> None:
     start(make_trainer, kill_at=4, callbacks=savers())
     os.remove("files/epoch=0-step=2.ckpt") if os.path.exists("files/epoch=0-step=2.ckpt") else None
     assert sorted(os.listdir("files")) == ["weights-step=3.ckpt"]
-    with pytest.warns(UserWarning, match="is not empty"):
+    with (
+        pytest.warns(UserWarning, match="is not empty"),
+        pytest.warns(UserWarning, match=r"starts anew.*weights-step=3\.ckpt.*weights only"),
+    ):
         _, model = start(make_trainer, callbacks=savers())
     assert len(model.ids) == 12
 

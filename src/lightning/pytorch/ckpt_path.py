@@ -143,14 +143,21 @@ def _auto(trainer: Trainer) -> str | None:
     """
     from lightning.fabric.checkpoint.generations import newest_valid
 
-    places, found = _places(trainer), set[str]()
+    places, found, passed_over = _places(trainer), set[str](), list[str]()
     for folder, wanted in places:
         found |= _find(folder, wanted)
     while found:
         path = newest_valid(found)
         if "optimizer_states" in _content(path):
             return path
-        found.discard(path)  # weights only: no training goes on from it
+        found.discard(path)
+        passed_over.append(path)
+    if passed_over:
+        rank_zero_warn(
+            f"ckpt_path='auto': the run starts anew, since no training goes on from the files {sorted(passed_over)}: they hold weights only, "
+            "or something else. Have a ModelCheckpoint without save_weights_only save beside them."
+        )
+        return None
     rank_zero_info(f"ckpt_path='auto': the run starts, since there is no checkpoint of it yet in {sorted({str(f) for f, _ in places})}.")
     return None
 

@@ -560,7 +560,8 @@ class ModelCheckpoint(Books, Checkpoint):
 
     def _remove(self, trainer: pl.Trainer, former: str, current: str) -> None:
         """Remove a file that dropped out, unless it lies in another folder or is the one that this run resumed from."""
-        if former == current or not files.within(former, self.dirpath or ""):
+        ours = files.within(former, self.dirpath or "") and former.endswith(self.FILE_EXTENSION)  # a checkpoint may name any file
+        if former == current or not ours:
             return
         if trainer.ckpt_path and files.canonical(trainer.ckpt_path) == files.canonical(former):
             return

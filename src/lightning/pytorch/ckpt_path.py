@@ -154,7 +154,7 @@ def _auto(trainer: Trainer) -> str | None:
         passed_over.append(path)
     if passed_over:
         rank_zero_warn(
-            f"ckpt_path='auto': the run starts anew, since no training goes on from the files {sorted(passed_over)}: they hold weights only, "
+            f"ckpt_path='auto': the run starts anew, since no training goes on from the files {sorted(passed_over)}: they hold weights, "
             "or something else. Have a ModelCheckpoint without save_weights_only save beside them."
         )
         return None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning.fabric.precision import Precision
 
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
+MOST_OWN_GRADIENTS = 2**28  # bytes, of all processes, that a checkpoint inside of an accumulation window may hold
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # DDP reads this attribute of a module
 
 
@@ -204,9 +205,14 @@ class DDPStrategy(ParallelStrategy):
         return {name: mean for name, mean in means.items() if name not in zeros or mean.any()}
 
     def own_gradients(self) -> dict[str, Tensor]:
-        """Those of this process, with which as many processes go on to the same bits; sums of means would be rounded otherwise."""
+        """Those of this process, with which as many processes go on to the same bits; sums of means would be rounded otherwise.
+
+        Every process gets those of all, so large models do without: :data:`MOST_OWN_GRADIENTS` bytes are the most.
+        """
         assert self.module is not None
-        return {name: parameter.grad.cpu() for name, parameter in self.module.named_parameters() if parameter.grad is not None}
+        found = {name: parameter.grad for name, parameter in self.module.named_parameters() if parameter.grad is not None}
+        size = self.world_size * sum(gradient.numel() * gradient.element_size() for gradient in found.values())
+        return {name: gradient.cpu() for name, gradient in found.items()} if size <= MOST_OWN_GRADIENTS else {}
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo crash-demo test test-faults test-deepspeed test-xla test-s3 lint types check format bench clean
+.PHONY: help venv demo crash-demo test test-slow test-faults test-deepspeed test-xla test-s3 lint types check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,13 +24,12 @@ crash-demo: $(VENV)/.installed-examples ## kill a training run twenty times, and
 
 # More than one thread for each of several test processes would only make them wait for each other.
 test: export OMP_NUM_THREADS = 1
-test: $(VENV)/.installed-dev ## run every test: two at a time, then the slow ones one by one
-ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
-	$(BIN)/python -m pytest -m slow
-else
-	$(BIN)/python -m pytest $(ARGS)
-endif
+test: $(VENV)/.installed-dev ## run the tests, two at a time, but for the slow ones; with ARGS, those that it names
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 -m "not slow")
+
+test-slow: export OMP_NUM_THREADS = 1
+test-slow: $(VENV)/.installed-dev ## run the slow tests, one by one: whole programs, kills, signals, examples
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # DeepSpeed compiles its operators when they are first used, which takes a C++ compiler and a minute or two: here before the tests.
 COMPILE := import deepspeed; [deepspeed.get_accelerator().create_op_builder(name).load() for name in ("ShareMemCommBuilder", "CPUAdamBuilder")]

@@ -214,7 +214,7 @@ def evaluated(rank: int, size: int) -> list[Any]:
     assert isinstance(module.norm, nn.BatchNorm1d)
     assert module.norm.running_mean is not None
     module.norm.running_mean.fill_(float(rank + 5))
-    strategy.on_validation_start()
+    strategy.sync_buffers()
     frozen = Net().requires_grad_(False)
     with strategy.no_backward_sync(strategy.setup_module(frozen)):
         pass

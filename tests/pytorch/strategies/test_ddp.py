@@ -42,7 +42,7 @@ def fit(rank: int, size: int, folder: str, **trainer: Any) -> dict[str, Any]:
     data: list[Any] = [part(batch, rank, size) for batch in batches()]
     module = Regression()
     run = Trainer(
-        accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, logger=False, enable_progress_bar=False,
+        accelerator="cpu", devices=size, max_epochs=2, default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, gradient_clip_val=0.5, accumulate_grad_batches=2, use_distributed_sampler=False, **trainer,
     )  # fmt: skip
     # The numbers of samples validated differ, as they may: validation has no collective of its own.

@@ -96,9 +96,14 @@ def _save_local(write: Callable[[IO[bytes]], None], target: str) -> None:
         # 0o666 less the umask: what open() gives, and tempfile does not
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.close()  # what is left in its buffer can't be written either, which nobody needs to hear
+                raise
         replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -243,8 +243,7 @@ class ModelCheckpoint(Books, Checkpoint):
         if saves:
             files.prepare_folder(trainer, self.dirpath)
         may_collide = saves and self.save_top_k != 0
-        resumed = trainer.ckpt_path is not None and files.within(trainer.ckpt_path, self.dirpath)  # whose files they are
-        if may_collide and not resumed and trainer.is_global_zero and files.holds_files(self.dirpath):
+        if may_collide and not trainer._goes_on and trainer.is_global_zero and files.holds_files(self.dirpath):
             then = "gets a version" if self._enable_version_counter else "is overwritten"
             rank_zero_warn(f"The checkpoint folder {self.dirpath} is not empty: a name that is taken {then}.")
 

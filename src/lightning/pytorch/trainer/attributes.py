@@ -40,6 +40,7 @@ class TrainerAttributes:
     _data: RunData
     _profiler: Any
     _ckpt_path: Any
+    _goes_on: bool  # whether this is the same run, continued by ckpt_path="auto": the files in its folders are its own
     state: TrainerState
     callbacks: list[Callback]
     fit_loop: FitLoop

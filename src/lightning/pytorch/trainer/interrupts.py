@@ -79,16 +79,17 @@ class Interrupts:
             if self._former >= 0:  # whoever listened before still wants to know
                 with suppress(OSError):
                     os.write(self._former, arrived.replace(STOP, b""))
-            if STOP in arrived or not arrived:
-                return
+            ends = STOP in arrived or not arrived
             for _ in range(arrived.count(signal.SIGINT)):
                 pressed += 1
                 if pressed == 1 and self.speaks:
                     say(FIRST)
-                elif pressed == 2 and not self._is_answered():
+                elif pressed == 2 and not ends and not self._is_answered():
                     say(f"The main thread has not reacted to Ctrl-C for {ANSWER:g} s, so this process is ended here:")
                     show_stack()
                     leave(EXIT_CODE)
+            if ends:
+                return
 
     def _is_answered(self) -> bool:
         began = time.monotonic()

@@ -65,7 +65,8 @@ def running(
         attach(trainer, module, datamodule)
         meet(trainer)
         path = trainer._ckpt_path = path_for_all(trainer, ckpt_path, model_given)
-        if ckpt_path == "auto" and path is not None:
+        trainer._goes_on = ckpt_path == "auto" and path is not None
+        if trainer._goes_on:
             go_on_logging(trainer, path)
         set_up(trainer, path, weights_only)
         with ExitStack() as contexts:

@@ -180,6 +180,7 @@ class Trainer(TrainerAttributes):
         self.datamodule: LightningDataModule | None = None
         self._model_registry = model_registry
         self._ckpt_path: Any = None
+        self._goes_on = False
         self._signals: Signals | None = None  # during a run
         self._launched = False  # whether this process is inside of an entry point, all processes having been started
         self._hooks: Hooks = None  # type: ignore[assignment]  # resolved when a run starts

@@ -217,7 +217,8 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         if not stateful:
             return {}
         sizes = self._sizes(self._limits_in_use)
-        progress = self._progress.settled(sizes, self._mode == "sequential", _LENGTHS[self._mode](sizes))
+        restarts = [hasattr(loader, "passes_over") for loader in self._flattened]  # as a ResumableLoader does
+        progress = self._progress.settled(sizes, self._mode == "sequential", _LENGTHS[self._mode](sizes), restarts)
         states = [self._flattened[place].state_dict() if progress.cursors[place].live else None for place in stateful]
         return {"loaders": states, **progress.state_dict()}
 
@@ -362,12 +363,17 @@ class _Progress:
             cursor.live = cursor.live and cursor.batches == 0
             cursor.batches = cursor.passes = 0
 
-    def settled(self, sizes: list[int | float], sequential: bool, total: int | float) -> _Progress:
-        """The same place, where what gave its last batch is over, though nobody has asked it for one more."""
+    def settled(self, sizes: list[int | float], sequential: bool, total: int | float, restarts: list[bool]) -> _Progress:
+        """The same place, where what gave its last batch is over, though nobody has asked it for one more.
+
+        The state of one that ``restarts`` lets it begin its next pass; another would be at its end.
+        """
         left = sum(sizes[self.dataloader_idx :]) if sequential else total
         if 0 < self.batch_idx >= left:
             return _Progress.fresh(len(self.cursors))
-        cursors = [_Cursor(0, c.passes + 1, c.live) if 0 < c.batches >= size else c for c, size in zip(self.cursors, sizes)]
+        over = [0 < cursor.batches >= size for cursor, size in zip(self.cursors, sizes)]
+        each = zip(self.cursors, over, restarts)
+        cursors = [_Cursor(0, c.passes + 1, c.live and again) if is_over else c for c, is_over, again in each]
         return _Progress(self.batch_idx, self.dataloader_idx, cursors)
 
     def state_dict(self) -> dict[str, Any]:

@@ -266,6 +266,7 @@ def test_a_validation_that_is_interrupted_begins_anew_with_the_same_random_numbe
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint folder .* is not empty")
 def test_a_run_that_early_stopping_has_ended_is_not_trained_on(make_trainer: Any, Rows: Any) -> None:
     def run(ckpt_path: Any = None) -> Any:
         seed_everything(1, verbose=False)

@@ -75,6 +75,7 @@ class Crash(Callback):
             raise ZeroDivisionError
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint folder .* is not empty")
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("wanted", ["last", "best"])
 def test_the_best_and_the_last_are_there_and_a_run_goes_on_from_them(

@@ -167,7 +167,9 @@ class Stream:
 
     def _batches(self, iterator: Iterator[Any], cursor: Cursor) -> Batches:
         self.cursor = cursor
-        if not self.looks_ahead or (self.workers > 0 and self.owner is None):
+        # Of an iterable that is no DataLoader and has no state of its own, nothing is kept at each batch: it may be as fast as a list.
+        anything = self.owner is None and not isinstance(self.loader, DataLoader)
+        if not self.looks_ahead or anything or (self.workers > 0 and self.owner is None):
             return Batches(iterator, cursor, None)
         owner = [] if self.owner is None else [self.owner]
         return Batches(iterator, cursor, Snapshot(self._roots, owner))

@@ -179,10 +179,10 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 def _compare_code(saved: dict[str, Any]) -> None:
     """Tell where other code than that which saved the checkpoint goes on from it."""
-    here = {"version": KERAUNOS_VERSION, "torch": str(torch.__version__)}
-    others = [f"{name} {saved[name]} then, {version} now" for name, version in here.items() if saved.get(name, version) != version]
+    here = {"keraunos": ("version", KERAUNOS_VERSION), "torch": ("torch", str(torch.__version__))}
+    others = [f"{name} {saved[key]} then, {version} now" for name, (key, version) in here.items() if saved.get(key, version) != version]
     if others:
-        told = "; ".join(others).replace("version", "keraunos", 1)
+        told = "; ".join(others)
         rank_zero_warn(f"The checkpoint was saved by other code ({told}): the run goes on from it, but perhaps not bit for bit.")
 
 

@@ -204,15 +204,9 @@ def _find(folder: str, wanted: re.Pattern[str]) -> set[str]:
 
 def _content(path: str) -> dict[str, Any]:
     """A checkpoint without its tensors."""
-    from lightning.fabric.checkpoint import io, sharded
-    from lightning.fabric.utilities.cloud_io import get_filesystem, local_path
+    from lightning.fabric.checkpoint.generations import without_tensors
 
-    local = local_path(path)
-    if local is None:
-        with get_filesystem(path).open(path, "rb") as file:
-            content = io.load(file, "meta", verify=False)
-    else:
-        content = io.load(os.path.join(local, sharded.META) if os.path.isdir(local) else local, "meta", mmap=True, verify=False)
+    content = without_tensors(path)
     return content if isinstance(content, dict) else {}
 
 

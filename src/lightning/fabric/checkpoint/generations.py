@@ -34,21 +34,30 @@ def generation_of(path: PathLike) -> Generation | None:
         OSError: if it can't be read.
     """
     text = os.fspath(path)
-    local = local_path(text)
     with _open(text) as file:
         found = seal.read_seal(file, repr(text))
-        if found is not None:
-            return found.generation
-        try:
-            if local is None:
-                file.seek(0)
-                content = io.load(file, "meta", verify=False)
-            else:
-                content = io.load(_file(local), "meta", mmap=True, verify=False)
-        except pickle.UnpicklingError:
-            return None  # it holds what only weights_only=False reads, its global_step as well
+    if found is not None:
+        return found.generation
+    try:
+        content = without_tensors(text)
+    except pickle.UnpicklingError:
+        return None  # it holds what only weights_only=False reads, its global_step as well
     step = content.get("global_step") if isinstance(content, dict) else None
     return Generation(step, 0) if type(step) is int else None
+
+
+def without_tensors(path: PathLike) -> Any:
+    """What a checkpoint holds, read safely, with its tensors left on the disk; it is not compared with its checksum.
+
+    Args:
+        path: of a file, or of the directory of a sharded checkpoint; or a URL.
+    """
+    text = os.fspath(path)
+    local = local_path(text)
+    if local is not None:
+        return io.load(_file(local), "meta", mmap=True, verify=False)
+    with _open(text) as file:
+        return io.load(file, "meta", verify=False)
 
 
 def verify(path: PathLike) -> None:

@@ -121,6 +121,18 @@ def weight_fixture() -> type[Weight]:
     return Weight
 
 
+@pytest.fixture
+def Logging(Weight: Any) -> Any:
+    """A model that logs the number of each training batch as ``x``."""
+
+    class Logging(Weight):  # type: ignore[misc]
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.log("x", float(batch_idx))
+            return self.weight * 1.0
+
+    return Logging
+
+
 @pytest.fixture(name="Evaluated")
 def evaluated_fixture() -> type[Evaluated]:
     """See :class:`Evaluated`."""

@@ -13,25 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning.pytorch import Callback
 from lightning.pytorch import delivery as delivery_module
 from lightning.pytorch.delivery import Delivery
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-
-@pytest.fixture
-def Logging(Weight: Any) -> Any:
-    """A model that logs the number of each training batch as ``x``."""
-
-    class Logging(Weight):  # type: ignore[misc]
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            self.log("x", float(batch_idx))
-            return self.weight * 1.0
-
-    return Logging
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from lightning.pytorch import Callback
 from lightning.pytorch import delivery as delivery_module
@@ -27,18 +26,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"FIRST_DELAY": 0.01, "LONGEST_DELAY": 0.02, "LAST_DELAY": 0.01}.items():
         monkeypatch.setattr(delivery_module, name, seconds)
-
-
-@pytest.fixture
-def Logging(Weight: Any) -> Any:
-    """A model that logs the number of each training batch as ``x``."""
-
-    class Logging(Weight):  # type: ignore[misc]
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            self.log("x", float(batch_idx))
-            return self.weight * 1.0
-
-    return Logging
 
 
 @pytest.fixture

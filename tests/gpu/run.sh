@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run every check of this folder on a machine with a GPU: tests/gpu/run.sh [--device cpu]
-# Those of several processes run where there are two GPUs. ONLY='fsdp ddp' runs the checks whose names hold one of these words.
+# Those of several processes run where there are two GPUs. ONLY='fsdp ddp' runs the checks whose names hold one of these words;
+# LIMIT is how many seconds each may take (300).
 #
 # Such a machine may have upstream's lightning installed, and our package refuses to run beside it. So Python runs without its
 # own site-packages (-S), and finds links to everything in them but upstream in a folder made here.
@@ -37,7 +38,7 @@ check() { # name of a script, then its arguments
     done
     [ -z "$wanted" ] || return 0
     echo "=== $name"
-    "$python" -S "$here/$name" "$@"
+    timeout --kill-after=5 "${LIMIT:-300}" "$python" -S "$here/$name" "$@"
     code=$?
     [ "$code" -eq 0 ] || failed=1
     summary+=$(printf '%-26s %s after %d s' "$name" "$([ "$code" -eq 0 ] && echo passed || echo "FAILED ($code)")" $((SECONDS - start)))$'\n'

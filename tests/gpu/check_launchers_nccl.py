@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,9 +106,10 @@ def main() -> int:
             launcher = MultiprocessingLauncher(environment, 2, arguments.launcher, shutdown_timeout=SHUTDOWN)
         print("result", launcher.launch(work, arguments.deed, arguments.device), flush=True)
         return 0
-    for launcher_name in ("script", "fork", "spawn"):
-        for deed in ("none", *EXPECTED):
-            check(launcher_name, deed, arguments.device)
+    runs = [(launcher, deed, arguments.device) for launcher in ("script", "fork", "spawn") for deed in ("none", *EXPECTED)]
+    with ThreadPoolExecutor(5) as pool:  # most of the time is spent waiting
+        for done in [pool.submit(check, *each) for each in runs]:
+            done.result()
     return 0
 
 

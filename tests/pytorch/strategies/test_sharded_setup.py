@@ -117,6 +117,32 @@ def test_optimizer_that_takes_one_after_another_steps_both() -> None:
     assert run(ignoring, 2, {}) == [1, 1]
 
 
+class Watching(Ignoring):
+    """Notes how its optimizer steps, and what a checkpoint would say of it."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        self.seen = [optimizer.param_groups[0]["foreach"]]
+
+        def closure() -> Any:
+            self.seen.append(optimizer.param_groups[0]["foreach"])
+            return optimizer_closure()
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        self.seen.append(optimizer.state_dict()["param_groups"][0]["foreach"])
+
+
+def watching(rank: int, size: int) -> list[Any]:
+    model = Watching()
+    trainer = quiet(strategy=FSDPStrategy(ignored_modules=[model.kept]), devices=size, max_steps=1)
+    trainer.fit(model, DataLoader(Vectors(4 * size), batch_size=2))
+    return model.seen
+
+
+def test_optimizer_is_told_to_step_mixed_groups_one_by_one_which_no_checkpoint_holds() -> None:
+    # On a GPU it takes them at once by default, which torch refuses: tests/gpu/check_model_parallel_cuda.py.
+    assert run(watching, 2) == [[None, False, None]] * 2
+
+
 class SecondOrder(Divided):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters())

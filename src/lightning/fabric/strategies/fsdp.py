@@ -294,7 +294,7 @@ class FSDPStrategy(ShardedStrategy):
                 f"The {type(optimizer).__name__} holds none of the module's parameters: they became others when the module was divided. "
                 "Create optimizers in `configure_optimizers`, or after the module was set up."
             )
-        self._check_can_step(optimizer)
+        self._prepare_to_step(optimizer)
         for root in mine:
             self._handles += [optimizer.register_step_pre_hook(root.before_step), optimizer.register_step_post_hook(root.after_step)]
         return optimizer

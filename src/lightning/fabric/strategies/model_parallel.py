@@ -255,7 +255,7 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"{type(optimizer).__name__} holds no parameter of the model as it is now: dividing it has replaced them. Make the "
                 "optimizer in `configure_optimizers`; with Fabric, after `setup_module`."
             )
-        self._check_can_step(optimizer)
+        self._prepare_to_step(optimizer)
         for root in filter(None, map(root_of, self._divided)):
             self._handles += [optimizer.register_step_pre_hook(root.before_step), optimizer.register_step_post_hook(root.after_step)]
         return optimizer

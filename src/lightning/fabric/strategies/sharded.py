@@ -34,6 +34,7 @@ class ShardedStrategy(ParallelStrategy):
     restore_checkpoint_after_setup = True
     saves_directories = False
     file_option = "state_dict_type='full'"  # what to pass for checkpoints of one file
+    _handles: list[Any]  # of the hooks that modules and optimizers got
     _saves_in: tuple[Any, Any] | None = None  # the group of all processes, and that of what is saved in the background
 
     # ---- setting up -------------------------------------------------------------------------------------------------
@@ -65,11 +66,11 @@ class ShardedStrategy(ParallelStrategy):
         if states[1] is not None:
             _generators(self.root_device).set_rng_state(states[1].cpu(), self.root_device)
 
-    def _check_can_step(self, optimizer: Optimizer) -> None:
+    def _prepare_to_step(self, optimizer: Optimizer) -> None:
         """See that the optimizer's implementation can step its parameters.
 
         Raises:
-            MisconfigurationException: if it takes a group's parameters at once, and some are divided and some plain; for LBFGS.
+            MisconfigurationException: if it is to take a group's parameters at once, and some are divided and some plain; for LBFGS.
         """
         for group in optimizer.param_groups:
             if isinstance(optimizer, torch.optim.LBFGS) and any(sharding.number_of_shards(each) > 1 for each in group["params"]):
@@ -78,11 +79,18 @@ class ShardedStrategy(ParallelStrategy):
                     "optimizer, or strategy='ddp'."
                 )
             chosen = next((name for name in ("fused", "foreach") if group.get(name)), None)
-            if chosen is not None and len({sharding.is_dtensor(parameter) for parameter in group["params"]}) > 1:
+            if chosen is not None and _is_mixed(group):
                 raise MisconfigurationException(
                     f"{type(optimizer).__name__}({chosen}=True) can't step divided parameters (DTensor) and plain ones in one group. Give "
                     "it two: [{'params': divided}, {'params': plain}], or divide all, such as by `fully_shard` on the whole model."
                 )
+        if any(_is_mixed(group) for group in optimizer.param_groups):
+            self._handles += [optimizer.register_step_pre_hook(_one_by_one), optimizer.register_step_post_hook(_by_default)]
+        on = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
+        if on == {"cpu"} and self.root_device.type != "cpu":
+            # The scaler tells a fused optimizer of an overflow by a tensor, and torch lets the CPU read it before its copy has arrived.
+            # With this, torch 2.13's `GradScaler.step` decides by itself.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +237,25 @@ class ShardedStrategy(ParallelStrategy):
         given = state or {}
         checkpoint = self._read(path, weights_only, [name for name, value in given.items() if isinstance(value, (Module, Optimizer))])
         return restore(self, checkpoint, given, strict) if given else checkpoint
+
+
+def _is_mixed(group: Mapping[str, Any]) -> bool:
+    """Whether a group has both divided and plain parameters."""
+    return len({sharding.is_dtensor(parameter) for parameter in group["params"]}) > 1
+
+
+def _one_by_one(optimizer: Optimizer, *_: Any) -> None:
+    """Let a step not take all parameters of a mixed group at once, which it does by default on a GPU, and which torch refuses."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and _is_mixed(group):
+            group["foreach"] = False
+
+
+def _by_default(optimizer: Optimizer, *_: Any) -> None:
+    """Undo :func:`_one_by_one`, so that no checkpoint holds its choice."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is False and _is_mixed(group):
+            group["foreach"] = None
 
 
 def _generators(device: torch.device) -> Any:

@@ -7,9 +7,12 @@ start from the same weights and see the same samples, so their losses must agree
 
     python benchmarks/multi_gpu.py                                2 GPUs, about 4 minutes
     python benchmarks/multi_gpu.py --reference PYTHON             an interpreter that has lightning 2.x, to be measured too
+    python benchmarks/multi_gpu.py --interleaved                  times alone: blocks by hand and of the trainer in turns, in one process
     python benchmarks/multi_gpu.py --tiny --device cpu            a matter of seconds: does it work?
 
 Each variant runs in new processes, several times, in turns with the others: ratios are those of runs that followed each other.
+Where the speed of the machine changes from run to run, as that of FSDP2 did, ``--interleaved`` tells more: its ratios are those of a
+block of the trainer's steps and the two blocks by hand around it, of another model in the same processes.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def commands(variant: str, args: argparse.Namespace, folder: Path, site: str | N
     if site is not None:
         command.insert(1, "-S")
         environment["PYTHONPATH"] += os.pathsep + site
-    if writer == "trainer":
+    if writer in ("trainer", "both"):
         return [(command, environment)]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(args.devices)}
     return [(command, {**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(args.devices)]
@@ -98,7 +101,7 @@ def run(variant: str, args: argparse.Namespace, site: str | None) -> dict[str, A
             "tokens_per_second": tokens / statistics.median(ranks[0]["seconds"]),
             "seconds": ranks[0]["seconds"],
             **{key: max(rank[key] for rank in ranks) for key in ("peak_memory", "peak_memory_with_setup")},
-            **{key: ranks[0][key] for key in ("loss", "torch", "version", "gpu", "parameters")},
+            **{key: ranks[0][key] for key in ("others", "loss", "torch", "version", "gpu", "parameters")},
             "took": round(time.monotonic() - started, 1),
         }
 
@@ -156,6 +159,28 @@ def measure(args: argparse.Namespace, site: str | None) -> dict[str, list[dict[s
                 runs[variant].append(result)
                 print(f"{variant:15}  {described(result)}", flush=True)
     return runs
+
+
+def interleaved(args: argparse.Namespace, site: str | None) -> int:
+    """Print the ratios of each engine's blocks to those by hand around them; how many runs failed."""
+    failed = 0
+    for engine in args.only:
+        for _ in range(args.rounds):
+            result = run(f"{engine}-both", args, site)
+            failed += "error" in result
+            if "error" in result:
+                print(f"{engine}: {described(result)}", flush=True)
+                continue
+            others = [(before + after) / 2 for before, after in zip(result["others"], result["others"][1:])]
+            ratios = sorted(ours / by_hand for ours, by_hand in zip(result["seconds"], others))
+            print(
+                f"{engine}: tokens/s of by hand, over {len(ratios)} blocks: median {1 / statistics.median(ratios):.4f}, "
+                f"from {1 / ratios[-1]:.4f} to {1 / ratios[0]:.4f}; {result['tokens_per_second']:,.0f} tokens/s; "
+                f"milliseconds a step by hand: {[round(1000 * each / args.steps, 1) for each in result['others']]}; "
+                f"{args.devices} x {result['gpu']}, torch {result['torch']}, took {result['took']} s",
+                flush=True,
+            )
+    return failed
 
 
 def described(result: dict[str, Any]) -> str:
@@ -230,9 +255,13 @@ def main() -> None:
     arguments.add_argument("--limit", type=float, default=90.0, help="seconds that a run may take")
     arguments.add_argument("--budget", type=float, default=540.0, help="seconds that all may take; no round begins that would exceed it")
     arguments.add_argument("--json", type=Path, help="where the figures go; benchmarks/results/multi_gpu.json unless --tiny")
+    arguments.add_argument("--interleaved", action="store_true", help="the times alone, in turns within one run")
     args = fill_in(arguments.parse_args())
     with tempfile.TemporaryDirectory(prefix="multi_gpu_site_") as folder:
-        runs = measure(args, without_upstream(folder))
+        site = without_upstream(folder)
+        if args.interleaved:
+            sys.exit(bool(interleaved(args, site)))
+        runs = measure(args, site)
     table = compare(runs, args.only)
     good = [result for results in runs.values() for result in results if "error" not in result]
     where = f"{args.devices} x {good[0]['gpu']}, torch {good[0]['torch']}" if good else "nowhere"

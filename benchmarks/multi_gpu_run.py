@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,6 +39,9 @@ class Stopwatch:
     def __init__(self, device: torch.device, warm_up: int, blocks: int, steps: int) -> None:
         self.device, self.first, self.last, self.steps = device, warm_up, warm_up + blocks * steps, steps
         self.times: list[float] = []
+        self.between: Callable[[], float] | None = None  # another loop's block, to be run before each one; its seconds
+        self.others: list[float] = []
+        self.paused: list[float] = []
         self.before = self.peak = 0.0
 
     def step_starts(self, index: int) -> None:
@@ -47,6 +51,9 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
+        if self.between is not None:
+            self.others.append(self.between())
+            self.paused.append(time.perf_counter() - self.times[-1])
         if index == self.first:
             self.before = self.allocated()
             if self.device.type == "cuda":
@@ -62,8 +69,10 @@ class Stopwatch:
 
     def write(self, folder: str, rank: int, loss: Tensor, model: nn.Module, context: int, version: str | None) -> None:
         """What this process has measured, as JSON."""
+        paused = self.paused or [0.0] * len(self.times)
         figures = {
-            "seconds": [end - start for start, end in zip(self.times, self.times[1:])],
+            "seconds": [end - start - pause for start, end, pause in zip(self.times, self.times[1:], paused)],
+            "others": self.others,
             "peak_memory": self.peak,
             "peak_memory_with_setup": max(self.before, self.peak),
             "loss": float(loss),
@@ -90,42 +99,61 @@ def make_data(args: Any, size: Any) -> Sequences:
 # ---- by hand --------------------------------------------------------------------------------------------------------
 
 
-def by_hand(args: Any, size: Any) -> None:
-    """The loop that one would write."""
-    import torch.distributed as dist
-    from torch.utils.data import DistributedSampler
+class HandWritten:
+    """The loop that one would write, in a process that is in its group.
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    Args:
+        args: the options of the benchmark.
+        size: of the model.
+        device: where it trains.
+        rank: of this process.
+    """
+
+    def __init__(self, args: Any, size: Any, device: torch.device, rank: int) -> None:
+        from torch.utils.data import DistributedSampler
+
+        self.device, self.autocasts = device, args.precision == "bf16-mixed"
+        if args.precision == "bf16-true":
+            torch.set_default_dtype(torch.bfloat16)
+        with device:
+            model = make_model(size)
+        torch.set_default_dtype(torch.float32)
+        self.model = distributed(model, device, args).train()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, fused=True)
+        data = make_data(args, size)
+        sampler: Any = DistributedSampler(data, args.devices, rank, shuffle=True)
+        self.loader = DataLoader(data, args.batch, sampler=sampler, pin_memory=device.type == "cuda")
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Train on a batch; the loss."""
+        tokens = tokens.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else nullcontext():
+            loss: Tensor = self.model(tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def by_hand(args: Any, size: Any) -> None:
+    """Train by hand, alone."""
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    if args.precision == "bf16-true":
-        torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model: nn.Module = make_model(size)
-    torch.set_default_dtype(torch.float32)
-    model = distributed(model, device, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    data = make_data(args, size)
-    sampler: Any = DistributedSampler(data, world, rank, shuffle=True)
-    loader = DataLoader(data, args.batch, sampler=sampler, pin_memory=device.type == "cuda")
+    loop = HandWritten(args, size, device, rank)
     watch = Stopwatch(device, args.warm_up, args.blocks, args.steps)
-    autocasts = args.precision == "bf16-mixed"
-    parameters = list(model.parameters())
-    model.train()
-    for index, tokens in enumerate(loader):
+    for index, tokens in enumerate(loop.loader):
         watch.step_starts(index)
-        tokens = tokens.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16) if autocasts else nullcontext():
-            loss = model(tokens)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    watch.write(args.out, rank, loss.detach(), model, size.context, None)
+        loss = loop.step(tokens)
+    watch.write(args.out, rank, loss, loop.model, size.context, None)
     dist.destroy_process_group()
 
 
@@ -144,6 +172,25 @@ def distributed(model: nn.Module, device: torch.device, args: Any) -> nn.Module:
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, **options)  # type: ignore[arg-type]
     return fully_shard(model, **options)
+
+
+def blocks_by_hand(args: Any, size: Any, device: torch.device, rank: int) -> Callable[[], float]:
+    """What trains another model by hand for a block of steps, and returns their seconds; it is warm."""
+    args.blocks += 1  # one more than the trainer: before its first, and after its last
+    loop = HandWritten(args, size, device, rank)
+    args.blocks -= 1
+    batches = iter(loop.loader)
+
+    def block(steps: int = args.steps) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            loop.step(next(batches))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    block(args.warm_up)
+    return block
 
 
 # ---- by a trainer ---------------------------------------------------------------------------------------------------
@@ -174,6 +221,8 @@ def by_trainer(args: Any, size: Any) -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 0:
                 self.watch = Stopwatch(trainer.strategy.root_device, args.warm_up, args.blocks, args.steps)
+                if args.writer == "both":
+                    self.watch.between = blocks_by_hand(args, size, trainer.strategy.root_device, trainer.global_rank)
             self.watch.step_starts(batch_idx)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

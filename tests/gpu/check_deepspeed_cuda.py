@@ -269,7 +269,7 @@ def check_speed_beside_a_hand_written_loop(rank: int) -> None:
 
         timed(by_hand, rank, 20)
         pairs = []
-        for turn in range(6):
+        for turn in range(16):
             both = [by_strategy, by_hand] if turn % 2 else [by_hand, by_strategy]
             seconds = {step: timed(step, rank, 3) for step in both}
             pairs.append((seconds[by_strategy], seconds[by_hand]))

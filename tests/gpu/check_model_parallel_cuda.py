@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -216,10 +217,46 @@ def main(rank: int, device: str, port: int) -> None:
             print(f"ok {check.__name__}", flush=True)
 
 
+def run_script(device: str) -> None:
+    """What a user's script does, without an end of its own for the processes' groups."""
+    import lightning.pytorch as L
+
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Network()
+
+        def configure_model(self) -> None:
+            by_both(self.net, self.device_mesh)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net.training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    trainer = L.Trainer(accelerator=device, devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(Model(), torch.utils.data.DataLoader(torch.cat(batches()), batch_size=2))
+
+
+def check_scripts_end_well(device: str) -> None:
+    command = [sys.executable, *subprocess._args_from_interpreter_flags(), __file__, "--device", device, "--script"]  # type: ignore[attr-defined]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "terminate called" not in run.stderr, run.stderr
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--script", action="store_true")
     chosen = parser.parse_args()
+    if chosen.script:
+        run_script(chosen.device)
+        sys.exit()
+    check_scripts_end_well(chosen.device)
+    print("ok check_scripts_end_well", flush=True)
     with tempfile.TemporaryDirectory() as checkpoints:
         os.environ["CHECK_FOLDER"] = checkpoints
         torch.multiprocessing.spawn(main, (chosen.device, find_free_network_port()), nprocs=2)  # type: ignore[no-untyped-call]

@@ -299,7 +299,7 @@ def join_processes(environment: ClusterEnvironment | None, backend: str | None, 
         distributed.init_process_group(backend, **options)
     except (distributed.DistNetworkError, distributed.DistStoreError) as error:
         raise RuntimeError(_why_not_met(error)) from error
-    atexit.register(Leaving.at_exit)
+    Leaving.prepare()
     rank_zero_info(f"All {distributed.get_world_size()} processes have met; collectives run over {distributed.get_backend_config()}.")
 
 
@@ -314,22 +314,44 @@ def _why_not_met(error: Exception) -> str:
 
 
 class Leaving:
-    """How this process leaves the group when Python ends: never later than a few seconds."""
+    """How this process leaves the group when Python ends: never later than a few seconds.
+
+    NCCL's communicators say farewell to each other, and wait for ever for a process that never does, so it happens in a thread. It is
+    started with the group, since Python 3.12 starts none while it ends; and NCCL ends a process by SIGABRT that has left nothing.
+    """
 
     failed = False
     patience = 10.0  # seconds
+    _thread: threading.Thread | None = None
+    _now = threading.Event()
+
+    @classmethod
+    def prepare(cls) -> None:
+        """To be called when this process has joined a group."""
+        if cls._thread is None or not cls._thread.is_alive():
+            cls._now = threading.Event()
+            cls._thread = threading.Thread(target=cls._leave, args=(cls._now,), daemon=True, name="leave-process-group")
+            cls._thread.start()
+            atexit.unregister(cls.at_exit)
+            atexit.register(cls.at_exit)
 
     @classmethod
     def at_exit(cls) -> None:
         """Leave the group, whether or not the others do."""
-        failed = cls.failed or getattr(sys, "last_value", None) is not None  # an error that nobody caught
-        if failed:
+        cls.failed = cls.failed or getattr(sys, "last_value", None) is not None  # an error that nobody caught
+        if cls.failed:
             _never_free_gloo()
-        # NCCL's communicators say farewell to each other, and wait for ever for a process that never does. So it happens in a thread.
-        thread = threading.Thread(target=_break_off if failed else _say_farewell, daemon=True, name="leave-process-group")
-        with suppress(RuntimeError):  # some releases of Python start no thread so late; then the operating system closes what is open
-            thread.start()
-            thread.join(cls.patience)
+        cls._now.set()
+        if cls._thread is not None:
+            cls._thread.join(cls.patience)
+
+    @classmethod
+    def _leave(cls, now: threading.Event) -> None:
+        now.wait()
+        if cls.failed:
+            _break_off()
+        else:
+            _say_farewell()
 
 
 def _say_farewell() -> None:

@@ -87,7 +87,7 @@ class ShardedStrategy(ParallelStrategy):
         if any(_is_mixed(group) for group in optimizer.param_groups):
             self._handles += [optimizer.register_step_pre_hook(_one_by_one), optimizer.register_step_post_hook(_by_default)]
         on = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
-        if on == {"cpu"} and self.root_device.type != "cpu":
+        if "cpu" in on and self.root_device.type != "cpu":
             # The scaler tells a fused optimizer of an overflow by a tensor, and torch lets the CPU read it before its copy has arrived.
             # With this, torch 2.13's `GradScaler.step` decides by itself.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ A plain script; ``--device cpu`` runs it with gloo, to test the script itself. E
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import subprocess
 import sys
@@ -215,6 +216,8 @@ def main(rank: int, device: str, port: int) -> None:
         check(Setting(device, rank))
         if rank == 0:
             print(f"ok {check.__name__}", flush=True)
+    faulthandler.dump_traceback_later(30, exit=True)  # where it stands, should it not end
+    torch.distributed.destroy_process_group()
 
 
 def run_script(device: str) -> None:

@@ -6,6 +6,7 @@ A plain script that needs torch and numpy only, so that it runs where nothing ca
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -306,6 +307,8 @@ class Loop:
 
 def peak_memory(rank: int, by_strategy: bool) -> float:
     """GiB."""
+    gc.collect()  # what the models before held
+    torch.cuda.empty_cache()
     loop = Loop(rank, by_strategy)
     loop.run(5)
     torch.cuda.reset_peak_memory_stats()

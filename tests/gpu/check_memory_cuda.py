@@ -29,6 +29,11 @@ WIDTH, LAYERS, BATCH, STEPS = 1024, 8, 4096, 24
 ROOM = 160 * 2**20  # bytes that a limited run may take beside weights and optimizer states
 
 
+def take_much(gradient: Tensor) -> None:
+    """Need more memory in the backward pass than there is under a limit."""
+    torch.empty(64 * ROOM, dtype=torch.uint8, device=gradient.device)
+
+
 class Net(LightningModule):
     """Layers whose activations take much more than their weights."""
 
@@ -56,6 +61,8 @@ class Net(LightningModule):
             loss = loss * float("nan")
         if batch_idx == self.bad and self.where == "gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))
+        if self.where == "memory":
+            loss.register_hook(take_much)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -113,6 +120,7 @@ def limited(bytes_more: int) -> Any:
 def check_report(place: str) -> None:
     """The error of the GPU's allocator names phase, batch, owners, and what the allocator knows."""
     module = Net()
+    module.where = "memory" if place == "backward" else ""
     limited(ROOM + 12 * sum(p.numel() * 4 for p in module.parameters()))
     try:
         fit(module, "cuda", BATCH * (4 if place == "forward" else 1))
@@ -124,7 +132,8 @@ def check_report(place: str) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     print(text)
     assert isinstance(cause, torch.OutOfMemoryError)
-    assert "Out of memory in the forward pass (`training_step`) of training (epoch 0, batch 0" in text or "the backward pass" in text, text
+    assert f"Out of memory in the {place} pass" in text, text
+    assert "of training (epoch 0, batch 0" in text, text
     assert "CUDA out of memory" in text
     assert f"float32 [{BATCH * (4 if place == 'forward' else 1)}, {WIDTH}]" in text
     assert "cuda:0:" in text

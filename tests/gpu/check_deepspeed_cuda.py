@@ -60,7 +60,7 @@ def prepared(strategy: Strategy, optimizer: Callable[..., Any], clip: float | No
     strategy.connect(module)
     strategy.model = strategy.setup_module(module)
     strategy.prepare_training(1, clip, "norm")
-    strategy.optimizers = strategy.setup_optimizers([optimizer(module.parameters())], [])
+    strategy.optimizers = strategy.wrap_optimizers([optimizer(module.parameters())], [])
     return module, strategy.optimizers[0]
 
 
@@ -250,7 +250,7 @@ def check_speed_beside_a_hand_written_loop(rank: int) -> None:
         strategy.connect(module)
         strategy.model = strategy.setup_module(module)
         strategy.prepare_training(1, 1.0, "norm")
-        (steps,) = strategy.setup_optimizers([torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)], [])
+        (steps,) = strategy.wrap_optimizers([torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)], [])
         bound, engine = strategy.bind("training_step"), strategy.deepspeed_engine
 
         def by_strategy(batch: Tensor, strategy: Any = strategy, bound: Any = bound, steps: Any = steps) -> None:

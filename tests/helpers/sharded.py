@@ -22,7 +22,7 @@ def set_up(strategy: Strategy, module: nn.Module, optimizer: Any = torch.optim.S
     """Set up a module and an optimizer as a trainer would."""
     strategy.connect(module)
     strategy.model = strategy.setup_module(module)
-    strategy.optimizers = strategy.setup_optimizers([optimizer(module.parameters(), **kwargs)], [])
+    strategy.optimizers = strategy.wrap_optimizers([optimizer(module.parameters(), **kwargs)], [])
     return strategy.optimizers[0]
 
 

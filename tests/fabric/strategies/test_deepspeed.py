@@ -91,7 +91,7 @@ def train(
     strategy.connect(module)
     strategy.model = strategy.setup_module(module)
     strategy.prepare_training(accumulate, clip, "norm")
-    strategy.optimizers = strategy.setup_optimizers([make_optimizer(optimizer, module)], [])
+    strategy.optimizers = strategy.wrap_optimizers([make_optimizer(optimizer, module)], [])
     (steps,) = strategy.optimizers
     step = strategy.bind("training_step")
     losses = []
@@ -208,8 +208,8 @@ def failures(rank: int, size: int) -> list[str]:
     strategy.setup_module(module)
     two = [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
     attempts: list[Callable[[], Any]] = [
-        lambda: strategy.setup_optimizers(two, []),
-        lambda: strategy.setup_optimizers([], []),
+        lambda: strategy.wrap_optimizers(two, []),
+        lambda: strategy.wrap_optimizers([], []),
         lambda: strategy.clip_gradients_norm(None, None, 1.0),
         lambda: deepspeed_strategy(size, precision=build_precision("16-true", "cpu")),
     ]

@@ -137,6 +137,55 @@ def _with_momentum() -> Momentum:
     return model
 
 
+class SettingUp(SingleDeviceStrategy):
+    """Adds to how model and optimizers are set up, and hears of backward."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.heard: list[Any] = []
+
+    def setup(self, trainer: Any) -> None:
+        self.heard.append(("setup", trainer.state.fn.value, self.model is self.module))
+        super().setup(trainer)
+        self.heard.append(("is set up", len(self.optimizers)))
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)
+        self.heard.append(("optimizers", len(self.optimizers)))
+
+    def post_training_step(self) -> None:
+        self.heard.append("post_training_step")
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self.heard.append(("pre_backward", closure_loss.requires_grad))
+        super().pre_backward(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self.heard.append(("post_backward", closure_loss.requires_grad))
+
+
+class ByHand(Evaluated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def test_strategy_adds_to_setting_up_and_hears_of_backward() -> None:
+    around = [("pre_backward", True), ("post_backward", False)]
+    for model, expected in ((Evaluated(), ["post_training_step", *around]), (ByHand(), [*around, "post_training_step"])):
+        strategy = SettingUp()
+        trainer = quiet(strategy=strategy)
+        trainer.fit(model, batches(1), batches(1))
+        assert strategy.heard == [("setup", "fit", True), ("optimizers", 1), ("is set up", 1), *expected]
+        strategy.heard.clear()
+        trainer.test(model, batches(1), verbose=False)
+        assert strategy.heard[0][:2] == ("setup", "test")
+
+
 class Parallel(DDPStrategy):
     def __init__(self) -> None:
         super().__init__()

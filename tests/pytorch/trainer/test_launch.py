@@ -77,6 +77,7 @@ def test_forked_run_comes_back_into_this_process(tmp_path: Path) -> None:
     assert isinstance(tally.parts["loss"], Tensor)
     assert trainer.callback_metrics["val"] == pytest.approx(2 + model.weight.item())
     assert [trainer.global_step, trainer.current_epoch, trainer.state.status] == [4, 2, TrainerStatus.FINISHED]
+    assert (trainer.num_training_batches, trainer.num_val_batches) == (2, [3])
     assert trainer.lightning_module is model
     assert model.trainer is trainer
     # What the next runs build upon.

@@ -308,7 +308,7 @@ class DeepSpeedStrategy(SavesDirectories):
             yield
 
     def setup_module(self, module: Module, training: bool = True) -> Module:
-        """Return the module on its device; what runs it in training is the engine, which :meth:`setup_optimizers` makes.
+        """Return the module on its device; what runs it in training is the engine, which :meth:`wrap_optimizers` makes.
 
         Args:
             module: the user's.
@@ -347,7 +347,7 @@ class DeepSpeedStrategy(SavesDirectories):
         """Whether the configuration defines an optimizer, so that the module need not."""
         return "optimizer" in self.config
 
-    def setup_optimizers(self, optimizers: list[Optimizer], scheduler_configs: list[Any]) -> list[Optimizer]:
+    def wrap_optimizers(self, optimizers: list[Optimizer], scheduler_configs: list[Any]) -> list[Optimizer]:
         """Make the engine, and return its optimizer.
 
         Args:
@@ -387,11 +387,11 @@ class DeepSpeedStrategy(SavesDirectories):
         return [engine.raw.optimizer]
 
     def setup_module_and_optimizers(self, module: Module, optimizers: list[Optimizer], scheduler: Any = None) -> tuple[Any, list[Any], Any]:
-        """Return engine, optimizers and scheduler for a loop of the user's own; see :meth:`setup_optimizers`."""
+        """Return engine, optimizers and scheduler for a loop of the user's own; see :meth:`wrap_optimizers`."""
         self.connect(module)
         self.setup_module(module)
         configs: list[Any] = []
-        steps = self.setup_optimizers(optimizers, configs)
+        steps = self.wrap_optimizers(optimizers, configs)
         return self.model, list(steps), configs[0].scheduler if configs and scheduler is None else scheduler
 
     def init_deepspeed(self) -> None:

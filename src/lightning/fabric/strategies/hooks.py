@@ -86,7 +86,33 @@ class StrategyHooks:
         """The step function ``name`` of the module, to be called as it runs under this strategy."""
         raise NotImplementedError
 
+    def post_training_step(self) -> None:
+        """``training_step`` has run, backward not yet."""
+
+    def post_backward(self, closure_loss: Any) -> None:
+        """Backward has run on ``closure_loss``, which is detached."""
+
     # ---- the module and its optimizers ------------------------------------------------------------------------------
+
+    def setup(self: Strategy, trainer: Any) -> None:  # type: ignore[misc]
+        """Make the module as it runs, and in fit its optimizers, after ``configure_model``.
+
+        Args:
+            trainer: whose run it is.
+        """
+        assert self.module is not None
+        fitting = trainer.state.fn == "fit"
+        self.model = self.setup_module(self.module, training=fitting)
+        if fitting:
+            self.setup_optimizers(trainer)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Have the module configure optimizers and schedulers, and make them as they run.
+
+        Args:
+            trainer: whose run it is.
+        """
+        trainer._configure_optimizers()
 
     def model_sharded_context(self) -> AbstractContextManager[Any]:
         """The context of ``configure_model``, in which a module may be divided; all processes enter it."""

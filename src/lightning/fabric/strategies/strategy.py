@@ -164,7 +164,7 @@ class Strategy(StrategyHooks):
     def prepare_training(self, accumulate_grad_batches: int, gradient_clip_val: float | None, gradient_clip_algorithm: str | None) -> None:
         """Learn how the loop will step, before the optimizers are set up: for engines that accumulate and clip by themselves."""
 
-    def setup_optimizers(self, optimizers: list[Optimizer], scheduler_configs: list[Any]) -> list[Optimizer]:
+    def wrap_optimizers(self, optimizers: list[Optimizer], scheduler_configs: list[Any]) -> list[Optimizer]:
         """Return the optimizers of the module as they will run, after it was set up.
 
         Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning.fabric.precision import Precision
+from lightning.fabric.strategies.hooks import StrategyHooks
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -104,8 +105,22 @@ def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:
 
 def training_step(trainer: Trainer) -> Callable[[Any, int], Any]:
     """``training_step`` as it runs under the strategy, as a function of batch and index."""
-    step = step_with_index(trainer.strategy.step_of("training_step"), "training_step")
-    return profiled(trainer, step, f"[Strategy]{type(trainer.strategy).__name__}.training_step")
+    strategy = trainer.strategy
+    step = step_with_index(strategy.step_of("training_step"), "training_step")
+    if type(strategy).post_training_step is not StrategyHooks.post_training_step:
+        step = followed(step, strategy.post_training_step)
+    return profiled(trainer, step, f"[Strategy]{type(strategy).__name__}.training_step")
+
+
+def followed(step: Callable[[Any, int], Any], then: Callable[[], None]) -> Callable[[Any, int], Any]:
+    """``step``, and ``then`` after it."""
+
+    def both(batch: Any, batch_idx: int) -> Any:
+        outputs = step(batch, batch_idx)
+        then()
+        return outputs
+
+    return both
 
 
 def forward_context(trainer: Trainer, stage: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -119,7 +134,28 @@ def forward_context(trainer: Trainer, stage: str) -> Callable[[], AbstractContex
 def backward(trainer: Trainer) -> Callable[..., None]:
     """Backward on the loss: scaled for fp16, through the user's override of ``backward`` if there is one."""
     strategy = trainer.strategy
-    return profiled(trainer, _backward(trainer), f"[Strategy]{type(strategy).__name__}.backward")
+    run = _heard_by(strategy, _backward(trainer), trainer.lightning_module.automatic_optimization)
+    return profiled(trainer, run, f"[Strategy]{type(strategy).__name__}.backward")
+
+
+def _heard_by(strategy: Strategy, run: Callable[..., None], automatic: bool) -> Callable[..., None]:
+    """``run`` with ``pre_backward`` and ``post_backward`` of the strategy around it, where they are the user's own."""
+    # Ours do something in manual optimization alone, where `manual_backward` calls them; users' may call ours.
+    before = strategy.pre_backward if automatic and _of_users(type(strategy).pre_backward) else no_op
+    after = strategy.post_backward if _of_users(type(strategy).post_backward) else no_op
+    if before is no_op and after is no_op:
+        return run
+
+    def heard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        before(loss)
+        run(loss, *args, **kwargs)
+        after(loss.detach())
+
+    return heard
+
+
+def _of_users(method: Callable[..., Any]) -> bool:
+    return not method.__module__.startswith("lightning.fabric.")
 
 
 def _backward(trainer: Trainer) -> Callable[..., None]:

@@ -75,6 +75,7 @@ class Outcome:
         attributes: of each callback and logger, those that are plain data.
         metrics: the dictionaries of :class:`Metrics`.
         progress: the training loop's.
+        counts: batches of the loaders, by stage.
         state: the trainer's.
         stopped: whether somebody asked to stop.
     """
@@ -84,6 +85,7 @@ class Outcome:
     attributes: list[dict[str, Any]]
     metrics: dict[str, Any]
     progress: dict[str, Any]
+    counts: dict[str, Any]
     state: Any
     stopped: bool
 
@@ -96,6 +98,7 @@ class Outcome:
             [{name: value for name, value in vars(part).items() if is_plain(value)} for part in (*trainer.callbacks, *trainer.loggers)],
             trainer._metrics.published(),
             trainer.fit_loop.progress.state_dict(),
+            dict(trainer._data.counts),
             trainer.state,
             trainer.should_stop,
         )
@@ -116,6 +119,7 @@ class Outcome:
             vars(part).update(attributes)
         trainer._metrics.publish(self.metrics)
         trainer.fit_loop.progress.load_state_dict(self.progress)
+        trainer._data.counts.update(self.counts)
         trainer.state, trainer.should_stop = self.state, self.stopped
 
 

@@ -173,14 +173,12 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         checkpoint = checks.migrated(checkpoint, path)
         if not strategy.restore_checkpoint_after_setup:
             ckpt.restore_modules(trainer, checkpoint)
-    strategy.model = strategy.setup_module(module, training=fitting)
+    strategy.setup(trainer)
     if trainer.enable_autolog_hparams and trainer.loggers:
         from lightning.pytorch.loggers.utilities import log_hyperparams
 
         log_hyperparams(trainer, trainer._metrics.delivery.begin)  # with the model's graph, in the precision that it now has
     trainer._hooks = Hooks(trainer, module, trainer.callbacks, trainer._metrics, trainer._profiler)
-    if fitting:
-        set_up_optimizers(trainer)
     if checkpoint is not None and strategy.restore_checkpoint_after_setup:
         ckpt.restore_modules(trainer, checkpoint)
     if fitting:
@@ -279,7 +277,7 @@ def set_up_optimizers(trainer: Trainer) -> None:
         optimizers, configs = configured(module)
     checks.check_optimizers(module, optimizers)
     strategy.prepare_training(trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-    strategy.optimizers = strategy.setup_optimizers(optimizers, configs)
+    strategy.optimizers = strategy.wrap_optimizers(optimizers, configs)
     strategy.lr_scheduler_configs = configs
     strategy._lightning_optimizers = [LightningOptimizer(optimizer, loop.user_optimizer_step, module) for optimizer in strategy.optimizers]
 

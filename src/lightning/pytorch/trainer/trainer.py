@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.arguments import only_known
 from lightning.pytorch.trainer.attributes import TrainerAttributes
 from lightning.pytorch.trainer.config import build_config
 from lightning.pytorch.trainer.launch import launch
-from lightning.pytorch.trainer.run import running
+from lightning.pytorch.trainer.run import running, set_up_optimizers
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 
@@ -404,6 +404,10 @@ class Trainer(TrainerAttributes):
     def _launches(self) -> bool:
         """Whether an entry point has to see first that all processes run it."""
         return self.strategy.launcher is not None and not self._launched
+
+    def _configure_optimizers(self) -> None:
+        """What :meth:`Strategy.setup_optimizers <lightning.fabric.strategies.Strategy.setup_optimizers>` does."""
+        set_up_optimizers(self)
 
     @contextmanager
     def _in_stage(self, stage: RunningStage) -> Generator[None, None, None]:

@@ -34,8 +34,9 @@ FABRIC_LAYERS = {
 # Every part of ``pytorch`` may import ``fabric`` as well.
 PYTORCH_LAYERS = {
     "utilities": "",
+    "clock": "",
     "core": "utilities",
-    "callbacks": "core utilities",
+    "callbacks": "clock core utilities",
     "loggers": "core utilities",
     "profilers": "core utilities",
     "demos": "core utilities",
@@ -49,7 +50,7 @@ PYTORCH_LAYERS = {
     "resume": "metrics metric_entry core utilities",
     "checkpoint": "resume position dispatch callbacks core utilities",
     "ckpt_path": "callbacks core utilities",
-    "loops": "resume position reduction metrics metric_entry data checkpoint dispatch callbacks core utilities",
+    "loops": "clock resume position reduction metrics metric_entry data checkpoint dispatch callbacks core utilities",
     "trainer": "loops ckpt_path resume delivery metrics metric_entry data checkpoint dispatch callbacks loggers profilers core utilities",
     "accelerators": "",
     "strategies": "",

@@ -118,13 +118,25 @@ def test_all_processes_stop_at_the_same_step_when_the_time_of_rank_0_is_up(inter
     assert 0.25 < first[3] < 10
 
 
+def looks(trainer: Any) -> list[int]:
+    """The steps after which the processes look at the clock together."""
+    asked: list[int] = []
+    broadcast = trainer.strategy.broadcast
+
+    def noting(value: Any, *args: Any) -> Any:
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], bool):  # what SharedClock sends
+            asked.append(trainer.global_step)
+        return broadcast(value, *args)
+
+    trainer.strategy.broadcast = noting
+    return asked
+
+
 def saved_by_time(rank: int, size: int, folder: str, milliseconds: int) -> list[Any]:
     saver = ModelCheckpoint(folder, save_top_k=-1, train_time_interval=timedelta(milliseconds=milliseconds))
     trainer = joined(callbacks=[saver], enable_checkpointing=True)
-    asked: list[int] = []
-    look = saver._schedule._time_is_up
-    saver._schedule._time_is_up = lambda *args: asked.append(trainer.global_step) or look(*args)  # type: ignore[method-assign]
     saver._schedule._time -= 5.0 * rank  # the clock of rank 1 is ahead
+    asked = looks(trainer)
     trainer.fit(Slow(), numbers(100))
     return [asked, sorted(os.listdir(folder)), trainer.global_step]
 
@@ -148,22 +160,24 @@ class Clocked(Slow):
         self.validated_at.append(self.trainer.global_step)
 
 
-def validated_by_time(rank: int, size: int) -> list[int]:
-    model, trainer = Clocked(), joined(val_check_interval={"milliseconds": 40}, max_epochs=3, check_val_every_n_epoch=None)
+def validated_by_time(rank: int, size: int) -> list[list[int]]:
+    model, trainer = Clocked(), joined(val_check_interval={"milliseconds": 150}, max_epochs=3, check_val_every_n_epoch=None)
 
     class Late(Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             time.sleep(0.05 * rank)  # so that the clocks start at different moments
 
     trainer.callbacks.append(Late())
-    trainer.fit(model, numbers(20), numbers(2))
-    return model.validated_at
+    asked = looks(trainer)
+    trainer.fit(model, numbers(60), numbers(2))
+    return [model.validated_at, asked]
 
 
-def test_validation_by_time_falls_on_the_same_steps_everywhere() -> None:
+def test_validation_by_time_falls_on_the_same_steps_everywhere_without_a_collective_in_each() -> None:
     first, second = run(validated_by_time, 2, timeout=20)
     assert first == second
-    assert len(first) > 1
+    assert len(first[0]) > 1
+    assert len(first[1]) < 60 * 3 / 2 - 10  # steps are of two processes' batches
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def stand_in() -> SimpleNamespace:
     """What Timer asks of a trainer."""
-    strategy = SimpleNamespace(broadcast=lambda obj, src=0: obj)
-    return SimpleNamespace(is_global_zero=True, sanity_checking=False, should_stop=False, world_size=1, strategy=strategy)
+    strategy = SimpleNamespace(broadcast=lambda obj, src=0: obj, world_size=1)
+    return SimpleNamespace(is_global_zero=True, sanity_checking=False, should_stop=False, strategy=strategy)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,7 @@ def test_stop_comes_when_the_time_is_up(clock: Clock, interval: str, hook: str) 
 
 def test_stop_is_decided_by_rank_zero(clock: Clock) -> None:
     timer, trainer = Timer("00:00:00:10"), stand_in()
+    trainer.strategy.world_size = 2
     trainer.strategy.broadcast = lambda obj, src=0: (True, 0)
     timer.on_train_batch_end(trainer, None)
     assert trainer.should_stop
@@ -167,7 +168,7 @@ def test_stop_is_decided_by_rank_zero(clock: Clock) -> None:
 
 def test_several_processes_look_at_the_clock_once_a_second_and_more_often_towards_the_end(clock: Clock) -> None:
     timer, trainer, looks = Timer("00:00:00:10"), stand_in(), []
-    trainer.world_size = 2
+    trainer.strategy.world_size = 2
     trainer.strategy.broadcast = lambda obj, src=0: looks.append(clock.now) or obj
     timer.on_fit_start(trainer)
     timer.on_train_start(trainer, None)

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks.timer import LOOK_EVERY, MOST_SKIPPED
+from lightning.pytorch.clock import SharedClock
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -60,9 +60,9 @@ class Schedule:
 
     def restart(self, global_step: int) -> None:
         """Begin a run that starts at ``global_step``, where nothing is due yet."""
-        self._step = self._ask_at = global_step
+        self._step = global_step
         self._time = time.monotonic()
-        self._asked: tuple[float, int] | None = None
+        self._clock = SharedClock()
 
     def batch_due(self, trainer: pl.Trainer) -> bool:
         """Whether steps or time say so after this batch; once for each global step, whatever the number of batches it takes."""
@@ -70,26 +70,14 @@ class Schedule:
         if step == self._step:
             return False
         due = self.steps > 0 and step % self.steps == 0
-        if self.interval is not None and step >= self._ask_at:
-            due = self._time_is_up(trainer, self.interval.total_seconds())
+        if self.interval is not None:
+            self._step = step
+            every = self.interval.total_seconds()
+            due = self._clock.is_over(trainer.strategy, every - (time.monotonic() - self._time), every)
+            if due:
+                self._time = time.monotonic()
         if due:
             self._step = step
-        return due
-
-    def _time_is_up(self, trainer: pl.Trainer, interval: float) -> bool:
-        """What the clock of rank 0 says, in all processes; and at which step it is asked again, by the time that each has taken."""
-        now, step, skipped = time.monotonic(), trainer.global_step, 0
-        due = now - self._time >= interval
-        if trainer.world_size > 1:
-            # Clocks differ: without one common answer some ranks would wait for the others in the save.
-            left = interval if due else interval - (now - self._time)
-            if self._asked is not None and now > self._asked[0]:
-                per_step = (now - self._asked[0]) / max(1, step - self._asked[1])
-                skipped = max(0, min(MOST_SKIPPED, int(min(LOOK_EVERY, left / 4) / per_step)))
-            due, skipped = trainer.strategy.broadcast((due, skipped))
-        if due:
-            self._time = now
-        self._asked, self._ask_at = (now, step), step + 1 + skipped
         return due
 
     def epoch_due(self, trainer: pl.Trainer) -> bool:

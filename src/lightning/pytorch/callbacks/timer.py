@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.enums import LightningEnum
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.clock import SharedClock
 from lightning.pytorch.trainer.states import RunningStage
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
-
-LOOK_EVERY = 1.0  # seconds between two looks of several processes at the clock
-MOST_SKIPPED = 1000  # steps between two looks
 
 
 class Interval(LightningEnum):
@@ -73,8 +71,7 @@ class Timer(Callback):
         # Seconds spent training before the checkpoint from which this run resumed.
         self._offset = 0.0
         self._told = False
-        self._looked_at: float | None = None  # seconds elapsed when the clock was last looked at in this run
-        self._planned = self._skip = 0  # steps between the last look and the next, and how many of them are left
+        self._clock = SharedClock()
 
     def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """When ``stage`` last began, in seconds of :func:`time.monotonic`; None before that."""
@@ -99,7 +96,8 @@ class Timer(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """A run that resumes with its time used up ends before its first step."""
-        self._told, self._looked_at, self._planned, self._skip = False, None, 0, 0
+        self._told = False
+        self._clock.restart()
         if self._duration is not None:
             self._check_time_remaining(trainer)
 
@@ -143,10 +141,7 @@ class Timer(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop here if the time is up and the interval is a step."""
         if self._duration is not None and self._interval is Interval.step:
-            if self._skip:
-                self._skip -= 1
-            else:
-                self._check_time_remaining(trainer)
+            self._check_time_remaining(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop here if the time is up and the interval is an epoch."""
@@ -170,26 +165,14 @@ class Timer(Callback):
         self._end_time[stage] = time.monotonic()
 
     def _check_time_remaining(self, trainer: pl.Trainer) -> None:
-        assert self._duration is not None
-        # The processes of a run look at their clocks at different moments and must leave the loop at the same step.
-        elapsed = self.time_elapsed()
-        plan = self._steps_to_skip(elapsed) if trainer.world_size > 1 else 0
-        over, self._planned = trainer.strategy.broadcast((elapsed >= self._duration, plan))
-        self._looked_at, self._skip = elapsed, self._planned
-        if not over:
+        left = self.time_remaining()
+        assert left is not None
+        if not self._clock.is_over(trainer.strategy, left):
             return
         trainer.should_stop = True
         if self._verbose and not self._told and trainer.is_global_zero:
             self._told = True  # until `min_epochs` is reached, every further check would say it again
             log.info(f"Time limit reached. Elapsed time is {timedelta(seconds=int(self.time_elapsed()))}. Signaling Trainer to stop.")
-
-    def _steps_to_skip(self, elapsed: float) -> int:
-        """How many steps may pass before the next look, by the time that each has taken since the last one."""
-        assert self._duration is not None
-        if self._looked_at is None or elapsed <= self._looked_at:
-            return 0
-        per_step = (elapsed - self._looked_at) / (self._planned + 1)
-        return max(0, min(MOST_SKIPPED, int(min(LOOK_EVERY, (self._duration - elapsed) / 4) / per_step)))
 
 
 def _seconds(duration: object) -> float | None:

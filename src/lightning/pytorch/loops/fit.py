@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.seed import set_rng_states
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.clock import SharedClock
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import no_op, override_of, scoped
@@ -343,8 +344,8 @@ class FitLoop:
         if not self.validates or (every is not None and (p.epoch + 1) % every != 0):
             return False
         if self.val_seconds is not None:
-            over = time.monotonic() - self.validated_at >= self.val_seconds
-            return self.trainer.strategy.reduce_boolean_decision(over, all=False)  # the clocks of the processes differ
+            left = self.val_seconds - (time.monotonic() - self.validated_at)
+            return self.val_clock.is_over(trainer.strategy, left, self.val_seconds)
         if trainer.should_stop and (self.stop_is_agreed or not self.several) and p.updates and self.may_stop():
             return True  # the last weights are validated too
         if self.val_every == UNBOUNDED:
@@ -433,7 +434,7 @@ class FitLoop:
         self.several, self.stop_is_agreed = trainer._signals is not None and trainer._signals.listens, False
         self.val_every_n_epoch = config.check_val_every_n_epoch
         self.val_seconds = config.val_check_seconds
-        self.validated_at = time.monotonic()
+        self.validated_at, self.val_clock = time.monotonic(), SharedClock()
         self.guards = bind.guards(trainer, self)
         self.bind_overrides()
 

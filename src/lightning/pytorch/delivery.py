@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -87,7 +88,8 @@ class Outbox:
                 self._values -= _size(self._waiting.popleft())
                 self.dropped += 1
             if self._thread is None and not self._here:
-                self._thread = threading.Thread(target=self._run, name=f"logger-{type(self.logger).__name__}", daemon=True)
+                name = f"logger-{type(self.logger).__name__}"
+                self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name=name, daemon=True)
                 self._thread.start()
             elif len(self._waiting) == 1:
                 self._changed.notify_all()
@@ -461,7 +463,7 @@ class Delivery:
             logger.finalize(status)
             return
         # It may hold a lock for ever: whoever waits for it must be somebody else.
-        thread = threading.Thread(target=_quietly, args=(logger.finalize, status), name="logger-finalize", daemon=True)
+        thread = threading.Thread(target=copy_context().run, args=(_quietly, logger.finalize, status), name="logger-finalize", daemon=True)
         thread.start()
         thread.join(ORDER)
 

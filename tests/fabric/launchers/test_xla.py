@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +185,19 @@ def test_what_cannot_work_is_refused_before_any_process_starts() -> None:
 # ---- without torch_xla --------------------------------------------------------------------------------------------------
 
 
-def test_rank_of_a_thread_is_its_own() -> None:
+def test_rank_of_a_thread_is_its_own_and_that_of_the_threads_in_its_context() -> None:
     rank = ThreadRank()
-    rank.local.rank = 2
+    rank.value.set(2)
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: seen.extend([int(rank), bool(rank), rank == 0]))
-    thread.start()
-    thread.join()
-    assert seen == [0, False, True]
+
+    def look() -> None:
+        seen.extend([int(rank), bool(rank), rank == 0])
+
+    for target, arguments in ((look, ()), (copy_context().run, (look,))):
+        thread = threading.Thread(target=target, args=arguments)
+        thread.start()
+        thread.join()
+    assert seen == [0, False, True, 2, True, False]
     assert rank == 2
     assert bool(rank)
     assert [10, 11, 12][rank] == 12

@@ -313,7 +313,7 @@ from trainers import Regression, Vectors, loader, quiet
 trainer, model = quiet(strategy="deepspeed_stage_3", devices=2, max_epochs=2, gradient_clip_val=0.5), Regression()
 trainer.fit(model, loader(Vectors(30), 6, 2))
 trainer.save_checkpoint("saved.ckpt")
-sys.stdout.write(f"process {{trainer.global_rank}} of {{trainer.world_size}} took {{trainer.global_step}} steps\n")  # one write
+sys.stdout.write(f"process {{trainer.global_rank}} of {{trainer.world_size}} took {{trainer.global_step}} steps\\n")  # one write
 """
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 from lightning.fabric.checkpoint.io import CheckpointIO, PathLike, TorchCheckpointIO
@@ -189,7 +190,8 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._awaited = True
             atexit.register(_wait_at_exit, weakref.ref(self))
         go = threading.Event()  # else the thread would begin with Python's lock in its hands, and training would wait for it
-        self._thread = threading.Thread(target=self._work, args=(go, job, older, failed), name="checkpoint", daemon=together)
+        work = (self._work, go, job, older, failed)
+        self._thread = threading.Thread(target=copy_context().run, args=work, name="checkpoint", daemon=together)
         self._thread.start()
         go.set()
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,17 +227,17 @@ def name_rank(rank: int, shares_process: bool) -> None:
     os.environ.pop(RUN_DIRECTORY, None)  # a report in the name of the process could be of any of its devices
     if not isinstance(rank_zero_only.rank, ThreadRank):  # type: ignore[attr-defined]
         rank_zero_only.rank = ThreadRank()  # type: ignore[attr-defined]
-    rank_zero_only.rank.local.rank = rank  # type: ignore[attr-defined]
+    rank_zero_only.rank.value.set(rank)  # type: ignore[attr-defined]
 
 
 class ThreadRank:
-    """A rank that is different in each thread; 0 in threads that no device was given to."""
+    """A rank that is different in each thread, and in those that it starts in its context; 0 where no device was given to a thread."""
 
     def __init__(self) -> None:
-        self.local = threading.local()
+        self.value: ContextVar[int] = ContextVar("rank", default=0)
 
     def __int__(self) -> int:
-        return int(getattr(self.local, "rank", 0))
+        return self.value.get()
 
     __index__ = __int__
 

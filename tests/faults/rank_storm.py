@@ -86,7 +86,7 @@ class Victim(Callback):
 def fit(folder: str, size: int, raise_at: int) -> None:
     seed_everything(7, workers=True, verbose=False)
     # Three addends are summed in an order that depends on DDP's buckets, which it lays out anew after its first step, unless told this.
-    strategy = DDPStrategy(find_unused_parameters=size > 2)
+    strategy = DDPStrategy()
     trainer = Trainer(
         max_epochs=kill_storm.EPOCHS, accelerator="cpu", strategy=strategy, devices=size, logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, accumulate_grad_batches=2, val_check_interval=4, num_sanity_val_steps=1,

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from processes import run
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
 
 EVENTS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
@@ -80,7 +81,7 @@ def loader_of(kind: str, rank: int) -> Any:
     return DataLoader(Stream(3 + 2 * rank), batch_size=1)
 
 
-def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[str, Any]) -> Any:
+def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[str, Any], model_class: type[Model] = Model) -> Any:
     def fit(seed: int, ckpt_path: str | None, model: Model, **more: Any) -> Trainer:
         seed_everything(seed, verbose=False)
         torch.manual_seed(seed + rank)
@@ -94,12 +95,12 @@ def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[
         return trainer
 
     warnings.filterwarnings("ignore", "FSDPStrategy was given no auto_wrap_policy|The DataLoader of a Stream can't tell where it is")
-    whole = Model()
+    whole = model_class()
     saver = SaveEverywhere(folder, whole)
     fit(1, None, whole, callbacks=[saver])
     wrong = []
     for path, seen in saver.saved[:-1]:  # after the last nothing is left to do
-        model = Model()
+        model = model_class()
         fit(50, path, model)
         same = all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
         if not same or model.ids != whole.ids[seen:] or model.epochs != whole.epochs:
@@ -121,3 +122,22 @@ def test_two_processes_go_on_exactly_from_everywhere(tmp_path: Path, kind: str, 
     for wrong, count in run(fit_and_resume, 2, str(tmp_path), kind, settings):
         assert count >= 12
         assert not wrong
+
+
+class Wider(Model):
+    """Of several of DDP's buckets, with a layer whose gradients are ready in another order than it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.last = nn.Linear(300, 1)
+        self.layers = nn.Sequential(
+            nn.Linear(1, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 300), nn.Dropout(0.5), self.last
+        )
+
+
+@pytest.mark.parametrize("settings", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_three_processes_sum_gradients_in_the_order_of_the_run_before(tmp_path: Path, settings: dict[str, Any]) -> None:
+    for wrong, count in run(fit_and_resume, 3, str(tmp_path), "even", {"strategy": DDPStrategy(bucket_cap_mb=1, **settings)}, Wider):
+        assert count >= 8
+        assert not [path for path, *_ in wrong if not (settings.get("static_graph") and path.endswith("/0.ckpt"))]

@@ -62,6 +62,8 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         within_window = loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate
         if alone and within_window:
             checkpoint["keraunos"]["gradients"] = strategy.accumulated_gradients()
+        if alone:
+            checkpoint["keraunos"]["engine"] = strategy.engine_state()
         batches = loop.progress.position()["batch_idx"]
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])

@@ -34,7 +34,7 @@ def train(rank: int, size: int, folder: str, model: Model, resume: bool) -> Any:
 
     warnings.filterwarnings("ignore", ".*is not empty")
     # DDP lays its buckets out anew after the first batch of a process, and three numbers have several sums; so it does not do that here.
-    strategy = DDPStrategy(find_unused_parameters=size > 2)
+    strategy = DDPStrategy()
     trainer = trainer_of(folder, callbacks=(ModelCheckpoint(folder),), strategy=strategy, devices=size)
     try:
         weights = fit(trainer, model, size, ckpt_path="auto" if resume else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial, wraps
@@ -102,6 +102,7 @@ class DDPStrategy(ParallelStrategy):
         self._averages: dict[Optimizer, Callable[..., None]] = {}
         self._ddp_kwargs: dict[str, Any] = {"gradient_as_bucket_view": True, **kwargs}
         self._prepares_backward = False
+        self._bucket_order: list[str] = []  # where it is known: from the run that this one goes on from, or found out
 
     # ---- setting up -------------------------------------------------------------------------------------------------
 
@@ -123,11 +124,20 @@ class DDPStrategy(ParallelStrategy):
 
     def wrap(self, module: Module) -> DistributedDataParallel:
         """DistributedDataParallel around a module that is on its device."""
-        ddp = DistributedDataParallel(Forward(module), device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+        ddp = self._wrapped(Forward(module), device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
             ddp.register_comm_hook(self._comm_state, hook)
         return ddp
+
+    def _wrapped(self, forward: Forward, **kwargs: Any) -> DistributedDataParallel:
+        trained = {name for name, parameter in forward.named_parameters() if parameter.requires_grad}
+        if trained == set(self._bucket_order):
+            from lightning.fabric.strategies.ddp_buckets import Ordered
+
+            return Ordered(forward, self._bucket_order, **kwargs)
+        self._bucket_order = []
+        return DistributedDataParallel(forward, **kwargs)
 
     def configure_ddp(self) -> None:
         """Wrap the module that runs, which is on its device."""
@@ -213,6 +223,19 @@ class DDPStrategy(ParallelStrategy):
         found = {name: parameter.grad for name, parameter in self.module.named_parameters() if parameter.grad is not None}
         size = self.world_size * sum(gradient.numel() * gradient.element_size() for gradient in found.values())
         return {name: gradient.cpu() for name, gradient in found.items()} if size <= MOST_OWN_GRADIENTS else {}
+
+    def engine_state(self) -> dict[str, Any]:
+        """The order of the buckets, on which the rounding of sums over more than two processes depends."""
+        if self.world_size < 3 or not isinstance(self.model, DistributedDataParallel):
+            return {}
+        if not self._bucket_order:
+            from lightning.fabric.strategies.ddp_buckets import order_of
+
+            self._bucket_order = order_of(self.model)
+        return {"bucket_order": self._bucket_order}
+
+    def expect_engine_state(self, state: Mapping[str, Any]) -> None:
+        self._bucket_order = list(state.get("bucket_order", ()))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

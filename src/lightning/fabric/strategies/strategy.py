@@ -396,6 +396,13 @@ class Strategy(StrategyHooks):
         """What :meth:`accumulated_gradients` has averaged over all processes, as this one has it: on the CPU; none where nothing was."""
         return {}
 
+    def engine_state(self) -> dict[str, Any]:
+        """What the bits of the next steps depend on beside weights and optimizers; every process must call it."""
+        return {}
+
+    def expect_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Learn, before the module is set up, what :meth:`engine_state` returned in the run that this one goes on from."""
+
     def load_accumulated_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Go on with an accumulation window: give the parameters what :meth:`accumulated_gradients` returned."""
         assert self.module is not None

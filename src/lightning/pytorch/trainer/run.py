@@ -173,6 +173,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         checkpoint = checks.migrated(checkpoint, path)
         if not strategy.restore_checkpoint_after_setup:
             ckpt.restore_modules(trainer, checkpoint)
+    strategy.expect_engine_state((checkpoint or {}).get("keraunos", {}).get("engine", {}))
     strategy.setup(trainer)
     if trainer.enable_autolog_hparams and trainer.loggers:
         from lightning.pytorch.loggers.utilities import log_hyperparams

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.registry import Registry
 
 C = TypeVar("C", bound=Callable[..., Accelerator])
 
@@ -14,7 +15,7 @@ C = TypeVar("C", bound=Callable[..., Accelerator])
 AUTO_ORDER = ("cuda", "mps", "tpu", "cpu")
 
 
-class AcceleratorRegistry(dict[str, dict[str, Any]]):
+class AcceleratorRegistry(Registry):
     """Accelerator classes by name, so that ``Trainer(accelerator="name")`` finds them.
 
     Example::
@@ -27,6 +28,8 @@ class AcceleratorRegistry(dict[str, dict[str, Any]]):
         >>> type(registry.get("quiet_cpu")).__name__
         'QuietCPU'
     """
+
+    kind, article = "accelerator", "an"
 
     def register(
         self,
@@ -49,44 +52,7 @@ class AcceleratorRegistry(dict[str, dict[str, Any]]):
             TypeError: if ``name`` is not a string.
             MisconfigurationException: if the name is taken and ``override`` is False.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"The name of an accelerator must be a string; got {name!r}.")
-        if name in self and not override:
-            raise MisconfigurationException(
-                f"An accelerator named {name!r} is registered already. Choose another name, or pass override=True to replace it."
-            )
-
-        def enter(value: C) -> C:
-            self[name] = {
-                "accelerator_name": name,
-                "accelerator": value,
-                "description": description,
-                "init_params": init_params,
-            }
-            return value
-
-        return enter if accelerator is None else enter(accelerator)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a new instance of the accelerator ``name``; ``default`` if there is none of that name.
-
-        Raises:
-            KeyError: if there is none and no default was given.
-        """
-        if name not in self:
-            if default is not None:
-                return default
-            raise KeyError(f"No accelerator is registered as {name!r}. Registered: {', '.join(sorted(self))}.")
-        entry = self[name]
-        return entry["accelerator"](**entry["init_params"])
-
-    def remove(self, name: str) -> None:
-        """Take the accelerator ``name`` out.
-
-        Raises:
-            KeyError: if there is none of that name.
-        """
-        self.pop(name)
+        return self.enter(name, accelerator, description, override, init_params)
 
     def available_accelerators(self) -> set[str]:
         """Return the names that are registered, whether or not this machine has such devices."""

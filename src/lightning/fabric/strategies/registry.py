@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.registry import Registry
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.strategy import Strategy
 
 
-class StrategyRegistry(dict[str, dict[str, Any]]):
+class StrategyRegistry(Registry):
     """Strategy classes by name, so that ``Trainer(strategy="name")`` finds them.
 
     Example::
@@ -23,6 +23,8 @@ class StrategyRegistry(dict[str, dict[str, Any]]):
         >>> type(registry.get("ddp_large_buckets")).__name__, registry.available_strategies()
         ('DDPStrategy', ['ddp_large_buckets'])
     """
+
+    kind, article = "strategy", "a"
 
     def register(
         self,
@@ -45,44 +47,7 @@ class StrategyRegistry(dict[str, dict[str, Any]]):
             TypeError: if ``name`` is not a string.
             MisconfigurationException: if the name is taken and ``override`` is False.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"The name of a strategy must be a string; got {name!r}.")
-        if name in self and not override:
-            raise MisconfigurationException(
-                f"A strategy named {name!r} is registered already. Choose another name, or pass override=True to replace it."
-            )
-
-        def enter(value: Callable[..., Strategy]) -> Callable[..., Strategy]:
-            self[name] = {
-                "strategy_name": name,
-                "strategy": value,
-                "description": description or "",
-                "init_params": init_params,
-            }
-            return value
-
-        return enter if strategy is None else enter(strategy)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a new instance of the strategy ``name``; ``default`` if there is none of that name.
-
-        Raises:
-            KeyError: if there is none and no default was given.
-        """
-        if name not in self:
-            if default is not None:
-                return default
-            raise KeyError(f"No strategy is registered as {name!r}. Registered: {', '.join(self.available_strategies())}.")
-        entry = self[name]
-        return entry["strategy"](**entry["init_params"])
-
-    def remove(self, name: str) -> None:
-        """Take the strategy ``name`` out.
-
-        Raises:
-            KeyError: if there is none of that name.
-        """
-        self.pop(name)
+        return self.enter(name, strategy, description, override, init_params)
 
     def available_strategies(self) -> list[str]:
         """Return the names in the order in which they were registered."""

@@ -18,7 +18,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.seed import set_rng_states
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.clock import SharedClock
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.data import TrainLoader
 from lightning.pytorch.dispatch import no_op, override_of, scoped
@@ -434,7 +433,11 @@ class FitLoop:
         self.several, self.stop_is_agreed = trainer._signals is not None and trainer._signals.listens, False
         self.val_every_n_epoch = config.check_val_every_n_epoch
         self.val_seconds = config.val_check_seconds
-        self.validated_at, self.val_clock = time.monotonic(), SharedClock()
+        self.validated_at = time.monotonic()
+        if self.val_seconds is not None:
+            from lightning.pytorch.clock import SharedClock
+
+            self.val_clock = SharedClock()
         self.guards = bind.guards(trainer, self)
         self.bind_overrides()
 

@@ -81,9 +81,8 @@ class Model(LightningModule):
 
 
 def trainer(**arguments: Any) -> Trainer:
-    # Inference tensors and XLA don't go together.
     silent: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_model_summary": False, "enable_progress_bar": False}
-    return Trainer(**{**silent, "inference_mode": False, "log_every_n_steps": 2, **arguments})
+    return Trainer(**{**silent, "log_every_n_steps": 2, **arguments})
 
 
 def fitted(arguments: dict[str, Any], predicts: bool = True) -> dict[str, Any]:
@@ -178,8 +177,7 @@ def evaluating() -> list[Any]:
 
 
 @needs_xla
-@pytest.mark.xfail(reason="torch_xla has no inference tensors: loops/evaluate.py has to take torch.no_grad() for XLA devices", strict=True)
-def test_evaluation_needs_no_argument() -> None:
+def test_evaluation_takes_no_grad_where_there_is_no_inference_mode() -> None:
     assert run(evaluating)
 
 

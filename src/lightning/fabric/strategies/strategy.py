@@ -38,6 +38,7 @@ class Strategy(StrategyHooks):
     strategy_name = "single_device"
     launcher: Any = None  # starts the processes; None where there is one, or something else has started them
     is_distributed = False  # whether there may be other processes to talk to
+    has_inference_mode = True  # whether tensors of its devices can be made in `torch.inference_mode`
     forward_is_collective = False  # whether a forward pass needs every process, as where weights are sharded
     before_gathering: Callable[[Tensor, bool], None] | None = None  # looks at what is gathered from, or reduced over, all processes
     restore_checkpoint_after_setup = False  # whether weights are restored after module and optimizers were set up, not before

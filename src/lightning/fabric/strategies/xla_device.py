@@ -22,6 +22,7 @@ class XLADeviceStrategy(Strategy):
     all processes stay the same.
     """
 
+    has_inference_mode = False
     _seed: int | None = None  # that of the device's random numbers
 
     def setup_environment(self) -> None:

@@ -205,9 +205,9 @@ def restore_modes(modes: dict[Module, bool]) -> None:
 
 
 def no_gradients(trainer: Trainer) -> AbstractContextManager[Any]:
-    """Inference mode, or no_grad where that was asked for."""
+    """Inference mode, or no_grad where that was asked for, or the device has nothing else."""
     # Not in fit: what a module keeps of a validation would be an inference tensor, which training cannot use.
-    inference = trainer._config.inference_mode and trainer.state.fn != "fit"
+    inference = trainer._config.inference_mode and trainer.strategy.has_inference_mode and trainer.state.fn != "fit"
     return torch.inference_mode() if inference else torch.no_grad()
 
 

@@ -262,3 +262,28 @@ def test_other_values_are_copied_deeply_and_containers_keep_their_kind() -> None
     assert copied["state"]._metadata == {"version": 2}
     assert copied["cycle"][0] is copied["cycle"]
     assert copied["tuple"][0] == [1]
+
+
+PROGRAM = """
+import errno, time, torch
+from lightning.fabric import Fabric
+from lightning.fabric.checkpoint.async_io import AsyncCheckpointIO
+from lightning.fabric.checkpoint.io import TorchCheckpointIO
+
+class Full(TorchCheckpointIO):
+    def save_checkpoint(self, *args, **kwargs):
+        time.sleep(0.3)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+def main():
+    fabric = Fabric(accelerator="cpu", plugins=[AsyncCheckpointIO(Full())])
+    fabric.launch()
+    fabric.save("last.ckpt", {"step": 7})
+
+main()  # nothing that saves is left when it ends
+"""
+
+
+def test_program_that_ends_tells_the_error_of_its_last_save(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "last.ckpt' was not saved: No space left on device" in done.stderr, done

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
@@ -21,6 +20,8 @@ log = logging.getLogger(__name__)
 GO_ON, LAST_TRY, STOP = 0, 1, 2  # what becomes of a save that has failed; of several processes, the greatest counts
 
 Write = Callable[[Any, bool], None]
+
+_unfinished: set[BackgroundCheckpointIO] = set()  # which are at work, or have an error of which nobody has heard
 
 
 class Job:
@@ -93,7 +94,6 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._stalled = False  # one of them has failed, and is tried again
         self._pausing = False  # a save has failed, and is tried again later
         self._leaving = False
-        self._awaited = False  # when Python ends
         self.troubled = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,9 +186,9 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._path, self._spare = None if job is None else job.path, None if older is None else older.path
         # Not a daemon: an interpreter that ends waits for it. It does not wait for other processes, which may be gone.
         together = job is not None and job.agree is not None
-        if together and not self._awaited:
-            self._awaited = True
-            atexit.register(_wait_at_exit, weakref.ref(self))
+        _unfinished.add(self)
+        atexit.unregister(_finish_at_exit)  # now it runs before what was registered until now, such as leaving the other processes
+        atexit.register(_finish_at_exit)
         go = threading.Event()  # else the thread would begin with Python's lock in its hands, and training would wait for it
         work = (self._work, go, job, older, failed)
         self._thread = threading.Thread(target=copy_context().run, args=work, name="checkpoint", daemon=together)
@@ -198,6 +198,14 @@ class BackgroundCheckpointIO(CheckpointIO):
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def _work(self, go: threading.Event, job: Job | None, older: Job | None, failed: bool) -> None:
+        try:
+            self._write(go, job, older, failed)
+        finally:
+            with self._lock:
+                if not self._told:
+                    _unfinished.discard(self)
+
+    def _write(self, go: threading.Event, job: Job | None, older: Job | None, failed: bool) -> None:
         go.wait()
         if job is not None and not self._persist(job, failed):
             return
@@ -357,6 +365,8 @@ class BackgroundCheckpointIO(CheckpointIO):
             return
         with self._lock:
             told, self._told, self.troubled = self._told, [], False
+            if self._thread is None or not self._thread.is_alive():
+                _unfinished.discard(self)
         for message, error, final in told:
             if not final:
                 number = f" (errno {error.errno})" if isinstance(error, OSError) and error.errno is not None else ""
@@ -401,17 +411,16 @@ class BackgroundCheckpointIO(CheckpointIO):
             self.writer.teardown()
 
 
-def _wait_at_exit(reference: weakref.ref[BackgroundCheckpointIO]) -> None:
-    """Wait for what processes save together, before they leave each other: unless an error that nobody caught ends this one."""
-    writer = reference()
-    if writer is None:
-        return
-    if getattr(sys, "last_value", None) is not None:
-        writer.leave_soon()
-    try:
-        writer.wait()
-    except Exception as error:
-        log.error("%s", error)
+def _finish_at_exit() -> None:
+    """Wait for what processes save together, before they leave each other, unless an uncaught error ends this one; tell errors."""
+    failing = getattr(sys, "last_value", None) is not None
+    for writer in list(_unfinished):
+        if failing:
+            writer.leave_soon()
+        try:
+            writer.wait()
+        except Exception as error:
+            log.error("%s", error)
 
 
 class PatientCheckpointIO(BackgroundCheckpointIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ class Noting(LightningModule):
 
 def fit(rank: int, size: int, folder: str, samples: int, batch_size: int, steps: int, epochs: int, ckpt_path: str | None) -> dict[str, Any]:
     torch.manual_seed(5)
+    return fitted(DataLoader(range(samples), batch_size=batch_size), size, folder, steps, epochs, ckpt_path)  # type: ignore[arg-type]
+
+
+def fitted(loader: Any, size: int, folder: str, steps: int, epochs: int, ckpt_path: str | None) -> dict[str, Any]:
     module = Noting()
 
     def save(trainer: Trainer, *_: Any) -> None:
@@ -48,8 +53,17 @@ def fit(rank: int, size: int, folder: str, samples: int, batch_size: int, steps:
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         enable_checkpointing=False, callbacks=LambdaCallback(on_train_batch_end=save),
     )  # fmt: skip
-    trainer.fit(module, DataLoader(range(samples), batch_size=batch_size), ckpt_path=ckpt_path)  # type: ignore[arg-type]
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return {"seen": module.seen, "steps": trainer.global_step}
+
+
+def shuffled(rank: int, size: int, folder: str, workers: int, generator: bool, steps: int, ckpt_path: str | None) -> dict[str, Any]:
+    torch.manual_seed(5 if ckpt_path is None else 6)
+    loader: Any = DataLoader(
+        range(24), batch_size=6 // size, shuffle=True, num_workers=workers,
+        generator=torch.Generator().manual_seed(9) if generator else None,
+    )  # fmt: skip
+    return fitted(loader, size, folder, steps, 3, ckpt_path)
 
 
 def ids(results: list[dict[str, Any]], epoch: int) -> list[int]:
@@ -86,3 +100,39 @@ def test_an_epoch_may_change_hands_again(tmp_path: Path, processes: tuple[int, .
         path = str(tmp_path / f"step={steps}.ckpt")
         taken += ids(results, 0)
     assert sorted(taken) == list(range(24))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("generator", [False, True], ids=["the global generator", "a generator of its own"])
+def test_the_rest_of_a_shuffled_epoch_of_one_process_is_taken_once_by_several(tmp_path: Path, workers: int, generator: bool) -> None:
+    begun = [shuffled(0, 1, str(tmp_path), workers, generator, 5, None)]  # a whole epoch, and one batch
+    assert ids(begun, 0) == list(range(24))
+    resumed = [shuffled(0, 1, str(tmp_path), workers, generator, 6, str(tmp_path / "step=5.ckpt"))]
+    rest = run(shuffled, 2, str(tmp_path), 0, generator, -1, str(tmp_path / "step=6.ckpt"))
+    assert sorted(ids(begun, 1) + ids(resumed, 1) + ids(rest, 1)) == list(range(24))
+    assert len(ids(rest, 1)) == 12
+    assert ids(rest, 2) == list(range(24))
+
+
+class Backwards(torch.utils.data.Sampler[int]):
+    def __iter__(self) -> Any:
+        return iter(range(23, -1, -1))
+
+    def __len__(self) -> int:
+        return 24
+
+
+def in_own_order(rank: int, size: int, folder: str, steps: int, ckpt_path: str | None) -> dict[str, Any]:
+    loader: Any = DataLoader(range(24), batch_size=6 // size, sampler=Backwards())  # type: ignore[arg-type]
+    with (
+        pytest.warns(UserWarning, match="saved by 1 processes and is gone on from by 2.*begins anew")
+        if size > 1 and rank == 0
+        else nullcontext()
+    ):
+        return fitted(loader, size, folder, steps, 1, ckpt_path)
+
+
+def test_an_epoch_in_an_order_that_cannot_be_told_begins_anew_and_that_is_said(tmp_path: Path) -> None:
+    run(in_own_order, 1, str(tmp_path), 2, None)
+    rest = run(in_own_order, 2, str(tmp_path), -1, str(tmp_path / "step=2.ckpt"))
+    assert ids(rest, 0) == list(range(24))

@@ -7,7 +7,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning.fabric.utilities.data import has_iterable_dataset, replace_sampler, sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Position = dict[str, Any]
 
 
-def describe(loader: TrainLoader, batches: int, replicas: int) -> Position | None:
-    """Where an epoch is, as plain data; None where that can't be said in samples.
+def describe(loader: TrainLoader, batches: int, replicas: int) -> Position:
+    """Where an epoch is, as plain data and tensors; its ``order`` is None where that can't be said in samples.
 
     Args:
         loader: of this process, which has given some batches of the epoch.
@@ -30,22 +30,27 @@ def describe(loader: TrainLoader, batches: int, replicas: int) -> Position | Non
     if loader.rest_from is not None:
         saved, used = loader.rest_from, batches - loader.done
         return {**saved, "samples": saved["samples"] + used * plain.batch_size * replicas, "replicas": replicas, "rest": True}
-    order = _order(plain) if len(loader.combined.flattened) == 1 else None
+    order = _order(loader, plain, replicas) if len(loader.combined.flattened) == 1 else None
     if order is None:
-        return None
+        return {"replicas": replicas, "order": None}
     return {"samples": batches * plain.batch_size * replicas, "replicas": replicas, "length": sized_len(plain.dataset), "order": order}
 
 
-def _order(loader: Any) -> dict[str, Any] | None:
+def _order(loader: TrainLoader, plain: Any, replicas: int) -> dict[str, Any] | None:
     """In which order the samples come, where that follows from a few numbers."""
-    if _batch_size(loader) is None:
+    if _batch_size(plain) is None:
         return None
-    sampler = loader.sampler
+    sampler = plain.sampler
+    if type(sampler) is DistributedSampler:
+        return {"shuffle": sampler.shuffle, "seed": sampler.seed} if sampler.num_replicas == replicas else None
+    if replicas > 1:  # the user's own way to share the samples
+        return None
     if type(sampler) is SequentialSampler:
         return {"shuffle": False}
-    if type(sampler) is DistributedSampler:
-        return {"shuffle": sampler.shuffle, "seed": sampler.seed}
-    return None
+    drawn_from = loader.parts[0].order_drawn_from if type(sampler) is RandomSampler else None
+    if drawn_from is None:
+        return None
+    return {"shuffle": True, "drawn_from": drawn_from, "replacement": sampler.replacement, "num_samples": sampler._num_samples}
 
 
 def rest_of(loader: TrainLoader, saved: Position, epoch: int, replicas: int, rank: int) -> tuple[TrainLoader, int] | None:
@@ -63,9 +68,11 @@ def rest_of(loader: TrainLoader, saved: Position, epoch: int, replicas: int, ran
         order of the samples can't be told.
     """
     plain = loader.combined.flattened[0]
-    if len(loader.combined.flattened) > 1 or _batch_size(plain) is None:
+    if len(loader.combined.flattened) > 1 or _batch_size(plain) is None or saved["order"] is None:
         rank_zero_warn(
-            "The checkpoint is from another number of processes, and the samples left of its epoch can't be told: it begins anew."
+            f"The checkpoint was saved by {saved['replicas']} processes and is gone on from by {replicas}, and which samples are left of "
+            "its epoch can't be told from this loader and sampler: the epoch begins anew, so that some samples come twice. Save at the "
+            "ends of epochs, or use a DataLoader with torch's sampler."
         )
         return None
     length = sized_len(plain.dataset)
@@ -88,10 +95,20 @@ def _batch_size(loader: Any) -> int | None:
 
 
 def _indices(order: dict[str, Any], length: int, epoch: int) -> list[int]:
-    """All samples of an epoch in their order: that of torch's DistributedSampler, where they are shuffled."""
+    """All samples of an epoch in their order: drawn again, or that of torch's DistributedSampler, where they are shuffled."""
     if not order["shuffle"]:
         return list(range(length))
+    if "drawn_from" in order:
+        return _drawn_again(order, length)
     return torch.randperm(length, generator=torch.Generator().manual_seed(order["seed"] + epoch)).tolist()
+
+
+def _drawn_again(order: dict[str, Any], length: int) -> list[int]:
+    state = order["drawn_from"]
+    generator = None if state["generator"] is None else torch.Generator().set_state(state["generator"])
+    with torch.random.fork_rng(devices=()):
+        torch.set_rng_state(state["torch"])
+        return list(RandomSampler(range(length), order["replacement"], order["num_samples"], generator))
 
 
 class Continued:

@@ -27,7 +27,7 @@ class Indices:
         inner: the sampler.
         keep: how many of the last draws to remember, so that those which a loader has fetched ahead need not be drawn again; 0 for a
             sampler of which the same random state always draws the same.
-        observe: what to call right before the first draw of a pass, for ``first``; None where nothing can come between it and ``iter``.
+        observe: what to call right before the first draw of a pass, for ``first``.
         swallow: how many times ``iter`` shall not reach the sampler: as often as new worker processes make a loader start its
             sampler where the old ones would not have.
 

@@ -72,6 +72,11 @@ class ResumableLoader:
         """The number of batches with which the next ``iter`` does not begin, because an interrupted run was given them."""
         return 0 if self.pending is None else self.pending["batches"] or 0
 
+    @property
+    def order_drawn_from(self) -> State | None:
+        """The random states from which a sampler of torch's drew the order of this pass, before its first batch; None if not known."""
+        return self.source.order_drawn_from if isinstance(self.source, MapStyle) else None
+
     def __iter__(self) -> Batches:
         self.cursor = None  # with its iterator's workers, if nobody uses them
         pending, self.pending = self.pending, None

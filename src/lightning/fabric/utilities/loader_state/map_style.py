@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,9 @@ class MapStyle:
         earlier = state is not None and self.persistent and state["born"] is not None
         # What is fetched again in this process draws its indices again too, with all random numbers that this takes.
         keep = 0 if self.workers == 0 or _draws_alike(sampler) else AHEAD + self.workers * (loader.prefetch_factor or 0)
-        self.indices = Indices(sampler, keep, None if self.workers else self._random_states, swallow=1 if earlier else 0)
+        # It must not hold this object, and so the clone: workers are to end with the last reference, not with the next garbage collection.
+        observe = partial(_random_states, self._generators())
+        self.indices = Indices(sampler, keep, observe, swallow=1 if earlier else 0)
         attributes = vars(clone)  # a DataLoader refuses to change some of these, as that can't work while it iterates
         attributes.update({name: self.indices, "_iterator": None})
         if self.workers == 0:
@@ -168,6 +171,16 @@ class MapStyle:
         return clone
 
     # ---- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def order_drawn_from(self) -> State | None:
+        """See :attr:`ResumableLoader.order_drawn_from`: under ``torch`` the global one, under ``generator`` that of the sampler's own."""
+        first = self.indices.first
+        if first is None:
+            return None
+        own = getattr(innermost(self.indices.inner), "generator", None)
+        states = [state for generator, state in zip(self._generators(), first["generators"]) if generator is own]
+        return {"torch": first["rng"]["torch"], "generator": states[0] if states else None}
 
     def state(self, cursor: Cursor, batches: int) -> State:
         """The place after some batches of this pass."""
@@ -236,10 +249,7 @@ class MapStyle:
         return _share(batches, worker, self.workers) - _share(self.began, worker, self.workers)
 
     def _start(self) -> State:
-        return {**self._random_states(), "samplers": sampler_states(self.loader), "seed": shuffle_seed(self.loader)}
-
-    def _random_states(self) -> State:
-        return {"rng": collect_rng_states(include_cuda=False), "generators": states_of(self._generators())}
+        return {**_random_states(self._generators()), "samplers": sampler_states(self.loader), "seed": shuffle_seed(self.loader)}
 
     def _generators(self) -> list[Any]:
         """Those that decide on the order of the samples."""
@@ -257,6 +267,10 @@ class MapStyle:
     @property
     def _in_order(self) -> bool:
         return self.workers > 0 and getattr(self.loader, "in_order", True)
+
+
+def _random_states(generators: list[Any]) -> State:
+    return {"rng": collect_rng_states(include_cuda=False), "generators": states_of(generators)}
 
 
 def warn_of_unkept(ahead: int) -> None:

@@ -95,6 +95,8 @@ def resolve(
     chosen = _accelerator_of(accelerator, strategy)
     parallel = _devices_of(chosen, devices, strategy)
     built = _build(strategy, chosen, parallel, num_nodes) if isinstance(strategy, str) else strategy
+    if strategy == "auto" and isinstance(built, SingleDeviceStrategy):
+        built.was_asked_for = False
     if num_nodes * len(parallel) > 1 and not built.is_distributed:
         raise MisconfigurationException(
             f"devices={devices!r} with num_nodes={num_nodes} asks for {num_nodes * len(parallel)} processes, and "

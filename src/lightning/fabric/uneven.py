@@ -27,7 +27,8 @@ __all__ = ["POLICIES", "Lockstep", "batch_norm_held"]
 POLICIES = ("join", "shortest", "error")
 UNKNOWN = -1
 WHAT_TO_DO = (
-    'Give each the same number of samples, or choose what happens: "shortest" ends with the first that runs out, "join" with the last.'
+    'Give each the same number of samples, or choose what happens: `Trainer(uneven_inputs="shortest")` ends with the first that runs out, '
+    '"join" with the last.'
 )
 END = object()  # in the place of a batch: there is none
 

@@ -114,6 +114,15 @@ def test_without_a_policy_the_advice_names_a_class() -> None:
         assert choose_units(Model(), None, False, set()) == []
 
 
+def test_model_of_one_block_without_a_policy_is_refused() -> None:
+    alone, within = nn.Linear(2, 2), nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
+    for model in (alone, within):
+        with pytest.raises(ValueError, match=r"of one block, a Linear.*Use strategy='ddp'.*auto_wrap_policy=\{Linear\}"):
+            choose_units(model, None, False, set())
+    assert choose_units(alone, (nn.Linear,), False, set()) == []
+    assert choose_units(within, (nn.Linear,), False, set()) == [within[1]]
+
+
 def test_modules_that_share_weights_with_others_are_gathered_with_them() -> None:
     model = Model()
     model.blocks[0].inner.weight = model.blocks[1].inner.weight  # type: ignore[union-attr]

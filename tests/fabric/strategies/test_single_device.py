@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam
 from lightning.fabric.accelerators import CPUAccelerator
 from lightning.fabric.checkpoint.io import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.precision import DoublePrecision, HalfPrecision, Precision
+from lightning.fabric.runtime import resolve
 from lightning.fabric.strategies import SingleDeviceStrategy, Strategy
 
 CPU = torch.device("cpu")
@@ -257,3 +258,33 @@ def test_a_checkpoint_io_of_ones_own_writes_and_reads() -> None:
     assert strategy.load_checkpoint("x", weights_only=False) == {"from": "x", "map_location": "cpu", "weights_only": False}
     strategy.remove_checkpoint("x")
     assert Memory.files == {}
+
+
+# ---- where a cluster has started several processes ------------------------------------------------------------------------
+
+SLURM = {"SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "12", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+SLURM = {**SLURM, "SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"), [(SLURM, "Set devices=2"), (TORCHRUN, "torchrun has started 2 processes")], ids=["SLURM", "torchrun"]
+)
+@pytest.mark.parametrize("devices", ["auto", 1])
+def test_processes_of_a_cluster_do_not_train_alone_unasked(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str, devices: Any
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    unasked = resolve(accelerator="cpu", devices=devices).strategy
+    with pytest.raises(ValueError, match=f"{said}.*pass strategy='single_device'"):
+        unasked.setup_environment()
+    resolve(accelerator="cpu", strategy="single_device", devices=devices).strategy.setup_environment()
+    SingleDeviceStrategy().setup_environment()
+
+
+@pytest.mark.parametrize("changed", [{"SLURM_JOB_NAME": "bash"}, {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0"}])
+def test_one_task_or_an_interactive_job_trains_alone(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str]) -> None:
+    for name, value in {**SLURM, **changed}.items():
+        monkeypatch.setenv(name, value)
+    resolve(accelerator="cpu").strategy.setup_environment()

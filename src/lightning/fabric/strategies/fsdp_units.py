@@ -91,7 +91,19 @@ def _without_shared(module: Module, chosen: list[Module]) -> list[Module]:
 
 
 def _advise(module: Module) -> None:
-    """Say that a module of one unit is gathered whole, and what to do."""
+    """Say that a module is gathered whole, and what to do.
+
+    Raises:
+        ValueError: if it is a single block, of which nothing can be gathered on its own.
+    """
+    holders = [part for part in module.modules() if any(parameter is not None for parameter in part._parameters.values())]
+    if len(holders) == 1:
+        raise ValueError(
+            f"FSDPStrategy was given no auto_wrap_policy, and all weights of {type(module).__name__} are those of one block, a "
+            f"{type(holders[0]).__name__}: each process would gather the whole model in every step, and nothing would be gained. Use "
+            "strategy='ddp'; or, to train it so all the same, choose the block: "
+            f"FSDPStrategy(auto_wrap_policy={{{type(holders[0]).__name__}}})."
+        )
     kinds: Counter[str] = Counter()
     for part in module.modules():
         if (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.data import has_iterable_dataset, sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 Prepare = Callable[[Any], Any]
@@ -25,9 +25,15 @@ def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, be
     """
     index = start
     # A loader that is not limited is read to its very end, as by a `for` loop: its sampler and its workers finish.
-    for batch in islice(loader, start - begins_at, None if stop == sized_len(loader) else int(stop) - begins_at):
+    for batch in islice(loader, *bounds(start, float("inf") if stop == sized_len(loader) else stop, begins_at)):
         index += 1
         yield prepare(batch), index == stop
+
+
+def bounds(start: int, stop: float, begins_at: int) -> tuple[int, int | None]:
+    """Of the batches that a loader gives, the first that is wanted, and the end: none where an epoch has become shorter than that."""
+    first = max(start - begins_at, 0)
+    return first, None if stop == float("inf") else max(int(stop) - begins_at, first)
 
 
 def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0) -> Iterator[tuple[Any, bool]]:
@@ -43,7 +49,8 @@ def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepar
     Raises:
         MisconfigurationException: if the loader gives no batch at all.
     """
-    batches = islice(loader, start - begins_at, None if stop == float("inf") else int(stop) - begins_at)
+    source = iter(loader)
+    batches = islice(source, *bounds(start, stop, begins_at))
     try:
         batch = next(batches)
     except StopIteration:
@@ -57,6 +64,8 @@ def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepar
     for following in batches:
         yield prepare(batch), False
         batch = following
+    if stop == sized_len(loader) and not has_iterable_dataset(getattr(loader, "loader", loader)):  # of which some give more than they say
+        next(source, None)  # as by a `for` loop: its sampler finishes, which may be where it makes ready for the next epoch
     yield prepare(batch), True
 
 

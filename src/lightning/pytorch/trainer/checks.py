@@ -16,6 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 if TYPE_CHECKING:
+    from lightning.pytorch.data import TrainLoader
+    from lightning.pytorch.loops.progress import FitProgress
     from lightning.pytorch.trainer.trainer import Trainer
 
 
@@ -180,3 +182,20 @@ def migrated(checkpoint: Any, path: Any) -> dict[str, Any]:
             f"The file at {path} is no checkpoint of a trainer: it holds {held}. A checkpoint is a dict with weights under 'state_dict'."
         )
     return migrate_checkpoint(checkpoint)
+
+
+def check_place(progress: FitProgress, loader: TrainLoader | None) -> None:
+    """Refuse to go on in the middle of an epoch that has become shorter than that.
+
+    Raises:
+        MisconfigurationException: if it has.
+    """
+    if loader is None or progress.is_last or progress.batch_idx < loader.num_batches or loader.num_batches == 0:
+        return
+    # At the very end of an epoch only a loader knows of batches to pass over that was meant to give more.
+    if progress.batch_idx > loader.num_batches or loader.passes_over:
+        raise MisconfigurationException(
+            f"The checkpoint was saved after {progress.batch_idx} batches of an epoch, and an epoch has {int(loader.num_batches)} now: the "
+            "data, the batch size or limit_train_batches are others. Resume with those of before; from a checkpoint of the end of an "
+            "epoch; or start anew from the weights, by `Model.load_from_checkpoint(path)`."
+        )

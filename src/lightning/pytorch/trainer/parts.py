@@ -255,6 +255,7 @@ def ready_to_fit(trainer: Trainer) -> bool:
     if validates:
         data.evaluation("val")
     take_up_data(trainer)
+    checks.check_place(loop.progress, loop.loader)
     trainer.validate_loop.limit = float("inf")
     return loop.loader is not None and loop.loader.num_batches > 0
 

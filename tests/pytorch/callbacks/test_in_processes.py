@@ -142,7 +142,7 @@ def saved_by_time(rank: int, size: int, folder: str, milliseconds: int) -> list[
 
 
 def test_checkpoints_by_time_are_saved_by_the_clock_of_rank_0_which_is_not_asked_in_every_step(tmp_path: Path) -> None:
-    first, second = run(saved_by_time, 2, str(tmp_path), 800, timeout=60)  # two at least, in 200 steps of 10 ms
+    first, second = run(saved_by_time, 2, str(tmp_path), 400, timeout=60)  # two at least, in 100 steps of 10 ms each
     assert first == second
     assert len(first[1]) >= 2
     assert len(first[0]) < first[2] - 10

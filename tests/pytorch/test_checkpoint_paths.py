@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning.fabric.checkpoint.seal import DamagedCheckpoint
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
@@ -114,6 +115,41 @@ def test_last_starts_anew_with_a_warning_where_there_is_none(Model: Any, make_tr
     with pytest.warns(UserWarning, match="no last checkpoint"):
         trainer.fit(model, numbers(2), numbers(1), ckpt_path="last")
     assert trainer.global_step == 2
+
+
+def damage(path: str, how: str) -> None:
+    content = Path(path).read_bytes()
+    os.unlink(path)
+    if how == "link":
+        os.symlink("gone.ckpt", path)
+    else:
+        Path(path).write_bytes(content[:-300] if how == "torn" else bytes(len(content)))
+
+
+@pytest.mark.parametrize("how", ["torn", "zeros", "link"])
+def test_last_that_is_damaged_is_named_and_the_newest_of_its_folder_used(
+    fitted: Any, Model: Any, make_trainer: Any, numbers: Any, how: str
+) -> None:
+    fitted().save_checkpoint("files/weights.ckpt", weights_only=True)  # from which no training goes on
+    damage("files/last.ckpt", how)
+    os.utime("files/epoch=1-step=2.ckpt", (4e9, 4e9))
+    resumed = make_trainer(max_epochs=5, callbacks=ModelCheckpoint("files"), enable_checkpointing=True)
+    with (
+        pytest.warns(UserWarning, match="callbacks that this trainer does not have"),
+        pytest.warns(UserWarning, match="is not empty"),
+        pytest.warns(UserWarning, match=r"epoch=3-step=4\.ckpt is used instead: .*last\.ckpt: "),
+    ):
+        resumed.fit(Model(), numbers(1), numbers(1), ckpt_path="last")
+    assert Path(resumed.ckpt_path).name == "epoch=3-step=4.ckpt"
+    assert resumed.global_step == 5
+
+
+def test_last_is_an_error_where_all_are_damaged(fitted: Any, Model: Any, make_trainer: Any, numbers: Any) -> None:
+    fitted()
+    for path in Path("files").iterdir():
+        damage(str(path), "torn")
+    with pytest.raises(DamagedCheckpoint, match=r"None of the 5 checkpoints.*last\.ckpt.*epoch=3-step=4\.ckpt"):
+        make_trainer(callbacks=ModelCheckpoint("files"), enable_checkpointing=True).fit(Model(), numbers(1), numbers(1), ckpt_path="last")
 
 
 def test_last_looks_at_the_files_that_are_still_there(Model: Any, make_trainer: Any, numbers: Any) -> None:

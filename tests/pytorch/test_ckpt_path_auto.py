@@ -122,6 +122,20 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(make_trainer: Any
     assert len(model.ids) == 8
 
 
+@pytest.mark.parametrize("newest", ["zeros", "link"])
+def test_a_checkpoint_whose_contents_are_lost_is_named_too(make_trainer: Any, newest: str) -> None:
+    saver = lambda: [ModelCheckpoint("files", every_n_train_steps=2, save_top_k=-1)]  # noqa: E731
+    start(make_trainer, kill_at=7, callbacks=saver())
+    path = Path("files/epoch=0-step=6.ckpt")
+    size = path.stat().st_size
+    path.unlink()
+    path.write_bytes(bytes(size)) if newest == "zeros" else path.symlink_to("gone.ckpt")
+    wrong = "it begins with zeros" if newest == "zeros" else "No such file"
+    with pytest.warns(UserWarning, match=rf"epoch=0-step=4\.ckpt is used instead: .*epoch=0-step=6\.ckpt: .*{wrong}"):
+        _, model = start(make_trainer, callbacks=saver())
+    assert len(model.ids) == 8
+
+
 def test_nothing_but_broken_checkpoints_is_an_error_and_no_start_from_nothing(make_trainer: Any) -> None:
     saver = lambda: [ModelCheckpoint("files", every_n_train_steps=2, save_top_k=-1)]  # noqa: E731
     start(make_trainer, kill_at=5, callbacks=saver())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -42,7 +44,7 @@ def resolve_path(trainer: Trainer, ckpt_path: Any, model_given: bool) -> Any:
     if ckpt_path == "best":
         return _best(trainer, call)
     if ckpt_path == "last":
-        return _last(trainer, call)
+        return _last(trainer, call, fitting)
     if ckpt_path == "auto":
         if not fitting:
             raise ValueError(f"`{call}`: 'auto' goes on with an interrupted fit. Here 'best', 'last' and paths are accepted.")
@@ -105,18 +107,38 @@ def _best(trainer: Trainer, call: str) -> str:
     return path
 
 
-def _last(trainer: Trainer, call: str) -> str | None:
-    from lightning.fabric.checkpoint.generations import newest_valid
-    from lightning.fabric.utilities.cloud_io import get_filesystem
+def _last(trainer: Trainer, call: str, fitting: bool) -> str | None:
+    """The newest whole one of the checkpoints named ``last``; if one of them is damaged, of all checkpoints beside them.
 
-    candidates: set[str] = set()
-    for callback in trainer.checkpoint_callbacks:
-        finder = getattr(callback, "_find_last_checkpoints", None)
-        candidates.update(str(path) for path in (finder(trainer) if finder is not None else ()) if get_filesystem(path).exists(path))
+    Raises:
+        DamagedCheckpoint: if there are some, and none of them is whole.
+    """
+    from lightning.fabric.checkpoint.generations import newest_valid
+    from lightning.pytorch.callbacks.checkpoint_files import lies_at
+
+    savers = [callback for callback in trainer.checkpoint_callbacks if hasattr(callback, "_find_last_checkpoints")]
+    candidates = {str(path) for callback in savers for path in callback._find_last_checkpoints(trainer) if lies_at(path)}
     if not candidates:
-        rank_zero_warn(f"`{call}`: no last checkpoint was found, so none is loaded.")
+        rank_zero_warn(f"`{call}`: no last checkpoint was found, so none is loaded. 'auto' looks for checkpoints of other names too.")
         return None
-    return newest_valid(candidates)
+    return newest_valid(candidates, beside=_beside(trainer, savers, fitting))
+
+
+def _beside(trainer: Trainer, savers: list[Any], fitting: bool) -> Iterator[str]:
+    """All checkpoints in the folders of these callbacks; for ``fit``, those from which training goes on, and those that can't be read."""
+    from lightning.pytorch.callbacks.checkpoint_files import find, folder_of_run
+
+    for saver in savers:
+        for path in sorted(find(getattr(saver, "dirpath", None) or folder_of_run(trainer), _named(saver))):
+            with suppress(Exception):  # which newest_valid meets, and tells
+                if fitting and "optimizer_states" not in _content(path):
+                    continue
+            yield path
+
+
+def _named(saver: Any, inside: str = "") -> re.Pattern[str]:
+    """What the names of all files of a callback match."""
+    return re.compile(rf"{inside}(?:.*/)?[^./][^/]*{re.escape(getattr(saver, 'FILE_EXTENSION', '.ckpt'))}")
 
 
 def _newest_hpc(trainer: Trainer) -> str | None:
@@ -167,12 +189,8 @@ def _places(trainer: Trainer) -> list[tuple[str, re.Pattern[str]]]:
     places = [(str(trainer.default_root_dir), OF_THE_RUN)]
     for callback in trainer.checkpoint_callbacks:
         given = getattr(callback, "dirpath", None)
-        extension = re.escape(getattr(callback, "FILE_EXTENSION", ".ckpt"))
-        if given is not None:
-            places.append((str(given), re.compile(rf"(?:.*/)?[^./][^/]*{extension}")))
-            continue
-        root, inside = _folder_of_runs(trainer)
-        places.append((root, re.compile(rf"{inside}(?:.*/)?[^./][^/]*{extension}")))
+        root, inside = (str(given), "") if given is not None else _folder_of_runs(trainer)
+        places.append((root, _named(callback, inside)))
     return places
 
 

@@ -68,7 +68,7 @@ def test_counter_goes_on_from_what_was_read() -> None:
     assert generation_of("new.ckpt") > generation_of("old.ckpt")  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "empty", "no checkpoint", "sharded"])
+@pytest.mark.parametrize("how", ["flip", "cut", "empty", "zeros", "no checkpoint", "sharded"])
 def test_damaged_one_is_named_and_the_one_before_it_taken(how: str) -> None:
     write("first.ckpt", 1)
     if how == "sharded":
@@ -80,7 +80,9 @@ def test_damaged_one_is_named_and_the_one_before_it_taken(how: str) -> None:
         if how == "flip":
             flip("second.ckpt")
         else:
-            Path("second.ckpt").write_bytes({"cut": whole[:-300], "empty": b"", "no checkpoint": b"<html>"}[how])
+            Path("second.ckpt").write_bytes(
+                {"cut": whole[:-300], "empty": b"", "zeros": bytes(len(whole)), "no checkpoint": b"<html>"}[how]
+            )
     with pytest.warns(UserWarning, match=r"second\.ckpt.*") as caught:
         assert newest_valid(".") == "./first.ckpt"
     assert len(caught) == 1
@@ -127,6 +129,49 @@ def test_file_that_only_a_trusting_load_reads_is_a_candidate_of_unknown_generati
     assert newest_valid(".") == "./last.ckpt"
     write("ours.ckpt", 0)
     assert newest_valid(".") == "./ours.ckpt"
+
+
+def test_file_of_zeros_is_no_checkpoint_for_any_reader() -> None:
+    """What a power cut leaves; torch takes it for an archive of its oldest releases."""
+    Path("zeros.ckpt").write_bytes(bytes(5000))
+    for read in (verify, generation_of, load, lambda path: load(path, verify=False), lambda path: load(path, weights_only=False)):
+        with pytest.raises(DamagedCheckpoint, match=r"zeros\.ckpt.*5000 bytes.*it begins with zeros"):
+            read("zeros.ckpt")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 4])
+def test_files_of_the_format_before_archives_take_part(protocol: int) -> None:
+    content = {"global_step": 7, "state_dict": {"w": torch.ones(100)}}
+    torch.save(content, "old.ckpt", _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    write("first.ckpt", 5)
+    if protocol == 2:  # the one that torch's safe reader knows
+        assert newest_valid(".") == "./old.ckpt"
+        whole = Path("old.ckpt").read_bytes()
+        Path("old.ckpt").write_bytes(whole[:-50])
+        with pytest.warns(UserWarning, match=r"first\.ckpt is used instead: .*old\.ckpt: "):
+            assert newest_valid(".") == "./first.ckpt"
+    verify("old.ckpt")
+
+
+def test_those_beside_count_once_one_is_damaged_and_are_not_looked_at_before() -> None:
+    for step, name in enumerate(("last.ckpt", "last-v1.ckpt", "other.ckpt", "newer.ckpt")):
+        write(name, step)
+    lasts = ["last.ckpt", "last-v1.ckpt"]
+
+    def beside() -> Any:
+        looked.append(True)
+        yield from ("other.ckpt", "newer.ckpt", "last.ckpt")
+
+    looked: list[bool] = []
+    assert newest_valid(lasts, beside=beside()) == "last-v1.ckpt"
+    assert not looked
+    flip("last-v1.ckpt")
+    with pytest.warns(UserWarning, match=r"Of the 4 checkpoints found, these.*newer\.ckpt is used instead: last-v1\.ckpt: "):
+        assert newest_valid(lasts, beside=beside()) == "newer.ckpt"
+    for name in ("last.ckpt", "other.ckpt", "newer.ckpt"):
+        flip(name)
+    with pytest.raises(DamagedCheckpoint, match=r"None of the 4 .*last-v1.*newer.*other.*last\.ckpt"):
+        newest_valid(lasts, beside=beside())
 
 
 def test_numbers_in_names_count_as_numbers() -> None:

@@ -81,7 +81,7 @@ def verify(path: PathLike) -> None:
         seal.verify(file, repr(text))
 
 
-def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False) -> str:
+def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, beside: Iterable[PathLike] = ()) -> str:
     """The checkpoint of the highest generation that is whole. Modification times are not looked at.
 
     The candidates are tried from the highest generation down: each is read to its end, so that what is returned can be loaded. Those that
@@ -91,6 +91,7 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False) ->
     Args:
         where: a folder, whose ``*.ckpt`` are looked at, files and directories; a pattern such as ``runs/*/last*.ckpt``; or paths.
         by_name: let the numbers in the names decide, before the generations.
+        beside: more paths, which count like the others once one of those turns out to be damaged; not iterated over before.
 
     Returns:
         Its path.
@@ -103,14 +104,15 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False) ->
     if not paths:
         raise FileNotFoundError(errno.ENOENT, "There is no checkpoint", str(where))
     broken: list[str] = []
-    ranked: list[tuple[Any, str]] = []
-    for path in paths:
-        try:
-            generation, numbers = generation_of(path) or Generation(-1, 0), _by_numbers(path)
-            ranked.append(((numbers, generation) if by_name else (generation, numbers), path))
-        except Exception as error:  # whatever the contents of a foreign file lead to
-            broken.append(f"{path}: {error}")
-    for _, path in sorted(ranked, reverse=True):
+    ranked = _ranked(paths, by_name, broken)
+    stood_by: Iterable[PathLike] | None = beside
+    while ranked or (broken and stood_by is not None):
+        if broken and stood_by is not None:
+            others = [path for path in _candidates(stood_by) if path not in paths]
+            ranked = sorted(ranked + _ranked(others, by_name, broken))
+            paths, stood_by = paths + others, None
+            continue
+        path = ranked.pop()[1]
         try:
             verify(path)
         except (DamagedCheckpoint, OSError) as error:
@@ -120,6 +122,18 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False) ->
             rank_zero_warn(f"Of the {len(paths)} checkpoints found, these can't be read, and {path} is used instead: " + "; ".join(broken))
         return path
     raise DamagedCheckpoint(f"None of the {len(paths)} checkpoints found can be read: " + "; ".join(broken))
+
+
+def _ranked(paths: list[str], by_name: bool, broken: list[str]) -> list[tuple[Any, str]]:
+    """What the paths are compared by, and the paths, from the lowest up; what is wrong with the others goes to ``broken``."""
+    ranked: list[tuple[Any, str]] = []
+    for path in paths:
+        try:
+            generation, numbers = generation_of(path) or Generation(-1, 0), _by_numbers(path)
+            ranked.append(((numbers, generation) if by_name else (generation, numbers), path))
+        except Exception as error:  # whatever the contents of a foreign file lead to
+            broken.append(f"{path}: {error}")
+    return sorted(ranked)
 
 
 def _by_numbers(path: str) -> list[tuple[int, str]]:

@@ -27,6 +27,8 @@ END_SIZE = 22  # of the record at the end of an archive without its comment
 LONGEST_COMMENT = 65535
 CHUNK = 1 << 20
 ZIP_MAGIC = b"PK\x03\x04"
+OLD_BEGINNINGS = (b"\x80", b"L1195470371")  # of the number that a file of torch before 1.6 begins with, in any protocol of pickles
+TAR_MAGIC, TAR_PLACE = b"ustar", 257  # of files of torch before 0.1.10
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -181,7 +183,7 @@ def verify(file: IO[bytes], name: str, start: int = 0) -> Seal | None:
     seal = read_seal(file, name, start)
     file.seek(start)
     if seal is None:
-        if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
+        if is_archive(file, name, start):
             _check_unsealed(file, name, start)
     elif checksum(file, seal.size - 2)[1] != seal.crc32:
         broken = next(broken_records(file, start), None)
@@ -189,6 +191,30 @@ def verify(file: IO[bytes], name: str, start: int = 0) -> Seal | None:
         raise DamagedCheckpoint(_message(name, file.seek(0, os.SEEK_END) - start, f"its checksum is wrong, and {where}"))
     file.seek(start)
     return seal
+
+
+def is_archive(file: IO[bytes], name: str, start: int = 0) -> bool:
+    """Whether a file is an archive, by its first bytes; else it is of the format of old releases of torch.
+
+    Args:
+        file: can seek; it is left at ``start``.
+        name: for messages.
+        start: where in the file the checkpoint begins.
+
+    Raises:
+        DamagedCheckpoint: if it is neither, such as a file of zeros: what a power cut leaves where contents had not reached the disk.
+    """
+    size = file.seek(0, os.SEEK_END) - start
+    file.seek(start)
+    head = file.read(512)
+    file.seek(start)
+    if head.startswith(ZIP_MAGIC):
+        return True
+    if not (head.startswith(OLD_BEGINNINGS) or head[TAR_PLACE:].startswith(TAR_MAGIC)):
+        begins = "zeros" if head and not any(head) else repr(head[:8])
+        problem = f"it begins with {begins}, as no checkpoint does" if head else "it is empty"
+        raise DamagedCheckpoint(_message(name, size, problem))
+    return False
 
 
 def checksum(file: IO[bytes], limit: int | None = None) -> tuple[int, int]:
@@ -284,9 +310,8 @@ def refuse_bombs(file: IO[bytes], name: str, start: int = 0) -> None:
     import zipfile
 
     size = file.seek(0, os.SEEK_END) - start
-    file.seek(start)
     try:
-        if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
+        if is_archive(file, name, start):
             part: Any = file if start == 0 else _Part(file, start)
             archive = zipfile.ZipFile(part)
             needed = sum(entry.file_size for entry in archive.infolist())

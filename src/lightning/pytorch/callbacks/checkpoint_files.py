@@ -65,6 +65,12 @@ def exists(path: Path) -> bool:
     return bool(get_filesystem(path).exists(os.fspath(path))) if local is None else os.path.exists(local)
 
 
+def lies_at(path: Path) -> bool:
+    """Whether anything lies at ``path``, be it a link that leads nowhere: what it led to has been lost."""
+    local = local_path(path)
+    return exists(path) if local is None else os.path.lexists(local)
+
+
 def holds_files(folder: Path) -> bool:
     """Whether ``folder`` is there and not empty."""
     local = local_path(folder)
@@ -75,7 +81,7 @@ def holds_files(folder: Path) -> bool:
 
 
 def find(folder: Path, wanted: re.Pattern[str]) -> set[str]:
-    """The files and folders below ``folder`` whose path from there matches ``wanted`` in full."""
+    """The files, folders and links below ``folder`` whose path from there matches ``wanted`` in full."""
     local = local_path(folder)
     if local is None:
         from fsspec.core import url_to_fs
@@ -84,7 +90,7 @@ def find(folder: Path, wanted: re.Pattern[str]) -> set[str]:
         below = [path[len(root) :].lstrip("/") for path in filesystem.find(root, withdirs=True)]
     else:
         paths = [os.path.join(top, name) for top, folders, names in os.walk(local) for name in (*folders, *names)]
-        below = [os.path.relpath(path, local).replace(os.sep, "/") for path in paths if os.path.exists(path)]
+        below = [os.path.relpath(path, local).replace(os.sep, "/") for path in paths]
     return {join_path(folder, name) for name in below if wanted.fullmatch(name)}
 
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 UNBOUNDED = float("inf")
+STREAM_IS_OPEN = (
+    "This trainer runs `predict_stream`, which is not at its end: iterate to the end, or `close()` the iterator, before another run."
+)
 HOOKS = {"train": "train_dataloader", "val": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 
 
@@ -196,7 +199,13 @@ class RunData:
         self.rest_epoch: int | None = None  # the epoch that another number of processes began
 
     def reset(self, **given: Any) -> None:
-        """Start a run with the loaders that were passed to it; None means that a hook gives them."""
+        """Start a run with the loaders that were passed to it; None means that a hook gives them.
+
+        Raises:
+            MisconfigurationException: while ``trainer.predict_stream`` is being iterated over.
+        """
+        if self.trainer.predict_loop.streams:
+            raise MisconfigurationException(STREAM_IS_OPEN)
         self.given = given
         self.loaded = {}
         self.train_epoch = self.val_epoch = self.rest_epoch = None

@@ -27,7 +27,8 @@ def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, be
     # A loader that is not limited is read to its very end, as by a `for` loop: its sampler and its workers finish.
     for batch in islice(loader, *bounds(start, float("inf") if stop == sized_len(loader) else stop, begins_at)):
         index += 1
-        yield prepare(batch), index == stop
+        batch = prepare(batch)  # under the same name: what came from the loader is of no more use
+        yield batch, index == stop
 
 
 def bounds(start: int, stop: float, begins_at: int) -> tuple[int, int | None]:
@@ -62,11 +63,13 @@ def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepar
             ) from None
         return
     for following in batches:
-        yield prepare(batch), False
+        batch = prepare(batch)
+        yield batch, False
         batch = following
     if stop == sized_len(loader) and not has_iterable_dataset(getattr(loader, "loader", loader)):  # of which some give more than they say
         next(source, None)  # as by a `for` loop: its sampler finishes, which may be where it makes ready for the next epoch
-    yield prepare(batch), True
+    batch, following = prepare(batch), None
+    yield batch, True
 
 
 def step_with_index(step: Callable[..., Any], name: str) -> Callable[[Any, int], Any]:

@@ -62,7 +62,8 @@ class Fetched:
                 item = next(items, end)
             if item is end:
                 return
-            yield item
+            box, item = [item], None
+            yield box.pop()  # kept by nobody here while it is computed on
 
 
 def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:

@@ -121,9 +121,11 @@ class EvaluationLoop:
         entries, known, logs_steps, shown = self.entries, 0, False, not self.trainer.sanity_checking
         fetched = bind.fetched(self.trainer, loader, f"[_EvaluationLoop].{self.source}_next")
         batches, in_turn = taken(fetched, self.num_batches[index], self.trainer.strategy)
-        for batch_idx, raw in enumerate(batches):
+        batch_idx = -1
+        for batch in batches:
+            batch_idx += 1
             self.batch_idx = batch_idx
-            batch = prepare(raw)
+            batch = prepare(batch)
             if not in_turn(batch_idx):
                 with metrics.discarding(), metrics_held(self.trainer.lightning_module), forward_context():
                     step(batch, batch_idx, *where) if takes_index else step(batch, *where)
@@ -135,6 +137,7 @@ class EvaluationLoop:
             with forward_context():
                 outputs = step(batch, batch_idx, *where) if takes_index else step(batch, *where)
             end(outputs, batch, batch_idx, *where)
+            outputs = metrics.batch = batch = None  # not kept while the next one is fetched and computed
             if len(entries) != known:  # a key is new
                 known, logs_steps = len(entries), shown and any(entry.on_step for entry in entries.values())
             if logs_steps:

@@ -62,6 +62,8 @@ class FitLoop:
         self.loader: TrainLoader | None = None
         self.accumulate = 1
         self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
+        self.spent: list[Any] = []  # manual optimization: optimizers that have stepped since `manual_backward` ran last
+        self.runs_backward = False  # manual optimization: whether `manual_backward` is what runs backward
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
         self.restarting = False
@@ -154,6 +156,7 @@ class FitLoop:
             if p.next is Next.VALIDATE or p.stepped >= metrics.flush_at or trainer.should_stop or self.schedulers.watch_steps:
                 self.end_batch()
             p.ending = False
+            self.outputs = metrics.batch = batch = None  # not kept while the next one is fetched and moved
             if p.updates and (trainer.should_stop or p.global_step >= last_step) and self.done():
                 break
         self.log_step = p.stepped - 1  # also where the epoch had no batch, or its last one was passed over
@@ -306,6 +309,7 @@ class FitLoop:
         with self.forward_context():
             outputs = self.training_step(batch, self.progress.batch_idx)
         self.outputs = self.detach(outputs)
+        self.gathered = 0
         self.progress.stepped += 1
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -314,6 +318,8 @@ class FitLoop:
         if self.weight != 1:
             loss = loss * self.weight
         self.trainer.strategy.pre_backward(loss)
+        self.spent.clear()
+        self.runs_backward, self.gathered = True, -1  # half a step's gradients are of no use to a checkpoint
         self.backward(loss, *args, **kwargs)
         self.hooks.on_after_backward()
 
@@ -332,6 +338,7 @@ class FitLoop:
         result = self.trainer.strategy.optimizer_step(optimizer, with_hook, **kwargs)
         if not automatic:
             self.progress.global_step += 1
+            self.spent.append(optimizer)
         return result
 
     # ---- validation ---------------------------------------------------------------------------------------------------
@@ -422,7 +429,9 @@ class FitLoop:
         self.metrics.progress = self.progress
         self.progress.start_anew()
         self.resumed = self.resumed_position = self.random_states = self.before_validation = None
-        self.rows_due = False
+        self.rows_due = self.runs_backward = False
+        self.gathered = 0
+        self.spent.clear()
         self.accumulate = trainer.accumulate_grad_batches
         self.forward_context = bind.forward_context(trainer, "train")
         self.no_backward_sync = trainer.strategy.no_backward_sync

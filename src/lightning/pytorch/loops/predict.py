@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -28,12 +28,19 @@ class PredictionLoop:
 
     Args:
         trainer: whose model predicts.
+
+    Attributes:
+        streams: whether outputs are given one by one, while ``trainer.predict_stream`` is being iterated over.
+        dataloader_idx: the loader that is run through.
     """
+
+    streams = False
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.loaders: EvalLoaders | None = None
         self.return_predictions = True
+        self.dataloader_idx = 0
         self._predictions: list[list[Any]] = []
         self.epoch_batch_indices: list[list[list[int]]] = []
         self.current_batch_indices: list[int] = []
@@ -54,14 +61,42 @@ class PredictionLoop:
         Returns:
             the list of what ``predict_step`` returned for each batch; with several loaders, a list of such lists.
         """
+        with no_gradients(self.trainer):
+            for _ in self.outputs():  # which gives none where nobody waits for them
+                pass
+        return self.predictions if self.return_predictions and self._predictions else None
+
+    def stream(self) -> Iterator[Any]:
+        """Run through all loaders once, and give what ``predict_step`` returned for each batch, on the CPU, keeping nothing."""
+        trainer, outputs = self.trainer, self.outputs()
+        signals = trainer._signals
+        assert signals is not None
+        self.return_predictions, self.streams = False, True
+        try:
+            while True:
+                with no_gradients(trainer):  # not while the caller has its turn
+                    try:
+                        box = [next(outputs)]
+                    except StopIteration:
+                        return
+                signals.in_loop = False  # Ctrl-C ends the caller's turn at once
+                yield box.pop()
+                signals.in_loop = True
+        finally:
+            outputs.close()
+            del self.streams
+
+    def outputs(self) -> Generator[Any, None, None]:
+        """Run through all loaders once; gives the outputs of each batch if :attr:`streams`, else none."""
         trainer = self.trainer
         hooks, module = trainer._hooks, trainer.lightning_module
+        self._predictions = []
         if trainer.limit_predict_batches == 0:
-            return None
-        with no_gradients(trainer), trainer._in_stage(RunningStage.PREDICTING):
+            return
+        with trainer._in_stage(RunningStage.PREDICTING):
             self.loaders = trainer._data.evaluation("predict")
             if not self.num_batches:  # a process may have no batch where others have some
-                return None
+                return
             writers = [c for c in trainer.callbacks if isinstance(c, BasePredictionWriter)]
             self.wants_indices = bool(writers)
             self.keeps = self.return_predictions or any(writer.interval.on_epoch for writer in writers)
@@ -75,14 +110,13 @@ class PredictionLoop:
                     hooks.on_predict_start()
                     hooks.on_predict_epoch_start()
                     for index, loader in gathering.over(self.loaders.loaders):
-                        self.run_loader(index, loader)
+                        yield from self.run_loader(index, loader)
                     hooks.on_predict_epoch_end()
                     hooks.on_predict_end()
             finally:
                 restore_modes(modes)
-        return self.predictions if self.return_predictions else None
 
-    def run_loader(self, index: int, loader: Any) -> None:
+    def run_loader(self, index: int, loader: Any) -> Iterator[Any]:
         """Run through one loader."""
         trainer = self.trainer
         hooks, several = trainer._hooks, len(self.num_batches) > 1
@@ -96,8 +130,12 @@ class PredictionLoop:
         batches = recorded(loader, self) if self.wants_indices else loader
         fetched = bind.fetched(trainer, batches, "[_PredictionLoop].predict_next")
         own, in_turn = taken(fetched, self.num_batches[index], trainer.strategy)
-        for batch_idx, raw in enumerate(own):
-            batch = prepare(raw)
+        self.dataloader_idx, keeps, streams = index, self.keeps, self.streams
+        keeps_indices = keeps and self.wants_indices
+        batch_idx = -1
+        for batch in own:
+            batch_idx += 1
+            batch = prepare(batch)
             if not in_turn(batch_idx):
                 with metrics_held(trainer.lightning_module), forward_context():
                     step(batch, batch_idx, *where) if takes_index else step(batch, *where)
@@ -108,11 +146,17 @@ class PredictionLoop:
             if outputs is None:
                 rank_zero_warn("`predict_step` returned None: there will be no prediction for this batch.")
             hooks.on_predict_batch_end(outputs, batch, batch_idx, *where)
-            if self.wants_indices:
+            if keeps_indices:
                 self.epoch_batch_indices[index].append(self.current_batch_indices)
-            if self.keeps:
+            if keeps:
                 self._predictions[index].append(move_data_to_device(outputs, "cpu"))
+            batch = None  # neither is kept while the next batch is fetched and computed
             metrics.serial += 1
+            if streams:
+                box = [move_data_to_device(outputs, "cpu")]
+                outputs = None
+                yield box.pop()
+            outputs = None
             if signals is not None and signals.pending:
                 signals.heed(trainer.fit_loop.progress.total_batches, metrics.serial)
 

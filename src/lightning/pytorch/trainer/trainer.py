@@ -353,6 +353,50 @@ class Trainer(TrainerAttributes):
         with running(self, TrainerFn.PREDICTING, module, datamodule, ckpt_path, weights_only, model_given=model is not None):
             return self.predict_loop.run()
 
+    def predict_stream(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Union[EVAL_DATALOADERS, LightningDataModule] | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: Union[str, Path] | None = None,
+        weights_only: bool | None = None,
+    ) -> Generator[Any, None, None]:
+        """Run once through the prediction data, and give what ``predict_step`` returns for each batch as soon as it is there.
+
+        Nothing is kept: a million batches take as much memory as one. The run is that of :meth:`predict`, with the same hooks. It begins
+        with the first output that is asked for, and ends after the last; or with ``close()`` of the iterator, or the end of its last
+        reference, where the loop over it is left: ``teardown`` runs, ``on_predict_epoch_end`` and ``on_predict_end`` do not.
+        In between nothing but this iterator runs on the trainer, gradients are as the caller has set them, and the model is in evaluation
+        mode. Several loaders come one after another; ``trainer.predict_loop.dataloader_idx`` says which. Each process gets the
+        outputs of its own samples, and should end its iterator when the others do.
+
+        Args:
+            model: what predicts; None takes the model of the last run, with its best checkpoint if it has one.
+            dataloaders: the loader, or a sequence of them; or a datamodule.
+            datamodule: gives the loaders instead.
+            ckpt_path: load this checkpoint before: a path, a URL, ``"best"`` or ``"last"``.
+            weights_only: False unpickles anything in the checkpoint: only for sources you trust. None means True.
+
+        Returns:
+            an iterator over the outputs, on the CPU.
+
+        Raises:
+            MisconfigurationException: if the strategy predicts in processes that it starts with copies of the trainer, as ``ddp_spawn``.
+
+        Example::
+
+            for output in trainer.predict_stream(model, loader):
+                write(output)
+        """
+        from lightning.pytorch.trainer.stream import meet_others, stream
+
+        if self._launches:
+            meet_others(self)
+        module = parts.module_or_last(self, model, TrainerFn.PREDICTING)
+        dataloaders, datamodule = parts.datamodule_first(dataloaders, datamodule)
+        check_given("predict_stream", dataloaders, datamodule)
+        return stream(self, module, dataloaders, datamodule, ckpt_path, weights_only, model is not None)
+
     # ---- tools ------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, filepath: Union[str, Path], weights_only: bool | None = None, storage_options: Any | None = None) -> None:

@@ -6,7 +6,6 @@ import io as streams
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -347,27 +346,3 @@ def test_sweep_puts_a_directory_back_that_had_stepped_aside(monkeypatch: pytest.
     write_sharded("a.ckpt", 3)
     assert load("a.ckpt")["global_step"] == 3
     assert not os.path.exists("a.ckpt" + temporary.REPLACED)
-
-
-def test_folder_that_can_not_be_written_is_told_before_anything_is_saved(tmp_path: Path) -> None:
-    io.check_writable(tmp_path / "not" / "yet" / "there")
-    assert os.listdir(tmp_path) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"no folder.*dirpath"):
-        io.check_writable(tmp_path / "file" / "below")
-
-
-def test_folder_without_the_right_to_write_is_told() -> None:
-    folder = tempfile.mkdtemp(dir="/tmp")
-    os.chmod(folder, 0o555)
-    child = os.fork()
-    if child == 0:
-        if os.getuid() == 0:
-            os.setuid(65534)  # root may write anywhere
-        try:
-            io.check_writable(os.path.join(folder, "checkpoints"))
-        except PermissionError as error:
-            os._exit(7 if "no right to write" in str(error) else 8)
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    os.rmdir(folder)

@@ -122,34 +122,6 @@ def make_folder(folder: str) -> None:
         sync_folder(os.path.dirname(each))
 
 
-def check_writable(folder: PathLike) -> None:
-    """Find out that checkpoints can't be written to a folder before hours have gone by; nothing is made or written.
-
-    Args:
-        folder: on a local disk, or a URL, which is not looked at. It need not be there.
-
-    Raises:
-        OSError: if this process may not write there, the file system is read-only, or has no room at all.
-    """
-    local = local_path(folder)
-    if local is None:
-        return
-    there = os.path.abspath(local)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    hint = "give another folder for checkpoints (`ModelCheckpoint(dirpath=...)`, `default_root_dir`)"
-    if not os.path.isdir(there):
-        raise NotADirectoryError(errno.ENOTDIR, f"Checkpoints can't be written to {local!r}, since this is no folder; {hint}", there)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(
-            errno.EACCES, f"Checkpoints can't be written to {local!r}: no right to write, or a read-only disk; {hint}", there
-        )
-    room = os.statvfs(there) if hasattr(os, "statvfs") else None
-    if room is not None and room.f_blocks > 0 and (room.f_bavail == 0 or (room.f_files > 0 and room.f_favail == 0)):
-        what = "space" if room.f_bavail == 0 else "inodes"
-        raise OSError(errno.ENOSPC, f"Checkpoints can't be written to {local!r}: no {what} left; free some, or {hint}", there)
-
-
 def replace(new: str, target: str) -> None:
     """Move a complete checkpoint, a file or a directory, to the place of an old one, which goes."""
     old = None

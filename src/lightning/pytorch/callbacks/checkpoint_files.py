@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.checkpoint.io import check_writable, replace
+from lightning.fabric.checkpoint.io import replace
 from lightning.fabric.checkpoint.temporary import sweep, temporary_name
 from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
 
@@ -175,6 +175,8 @@ def prepare_folder(trainer: pl.Trainer, folder: Path) -> None:
     Raises:
         OSError: in all processes, if any of them can't write there.
     """
+    from lightning.fabric.checkpoint.writable import check_writable
+
     strategy = trainer.strategy
     local = local_path(folder)
     if local is None:

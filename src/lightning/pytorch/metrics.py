@@ -99,7 +99,7 @@ class Metrics:
         self._bar: dict[str, Any] = {}
         self._bar_copy: HostCopy | None = None
         self._bar_snapshot: dict[str, float] = {}
-        self._pending: deque[tuple[HostCopy, int]] = deque()
+        self._pending: deque[tuple[Any, int]] = deque()
 
     # ---- self.log -------------------------------------------------------------------------------------------------
 
@@ -353,16 +353,18 @@ class Metrics:
             values.setdefault("epoch", self.progress.epoch if self.progress is not None else 0)
         self._pending.append((HostCopy(values), step))
 
-    def send_row(self, values: dict[str, Any], step: int) -> None:
-        """Send a row of somebody else's: as it is, in its turn."""
+    def send_row(self, values: Any, step: int) -> None:
+        """Send a row of somebody else's, as it is, in its turn: a dict, or what will be ``ready()`` and can be ``read()`` then."""
         if self.loggers:
-            self._pending.append((HostCopy(dict(values)), step))
+            self._pending.append((HostCopy(dict(values)) if isinstance(values, dict) else values, step))
             self._deliver(wait=False)
 
     def _deliver(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0][0].ready()):
             copy, step = self._pending.popleft()
             values = copy.read()
+            if not isinstance(copy, HostCopy):
+                self._logged.update({name: value for name, value in values.items() if name != "epoch"})
             if "epoch" in values:
                 values["epoch"] = int(values["epoch"])
             self.delivery.send(self.loggers, values, step)

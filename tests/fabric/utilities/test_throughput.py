@@ -110,6 +110,13 @@ def test_measured_operations_of_a_network() -> None:
         ("Tesla V100-PCIE-16GB", torch.float16, 112),
         ("NVIDIA GeForce RTX 3090 Ti", torch.bfloat16, 80),
         ("NVIDIA L40S", torch.bfloat16, 362),
+        ("NVIDIA L4", torch.bfloat16, 121),
+        ("NVIDIA B200", torch.bfloat16, 2250),
+        ("NVIDIA GB200", torch.bfloat16, 2500),
+        ("NVIDIA H20", torch.bfloat16, 148),
+        ("NVIDIA GeForce RTX 3080", torch.float16, 59.5),
+        ("NVIDIA GeForce RTX 3080 Ti", torch.float16, 68.2),
+        ("NVIDIA GeForce RTX 2080 SUPER", torch.float16, 44.6),
     ],
 )
 def test_peak_of_a_gpu(name: str, dtype: Any, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ class ThroughputMonitor(Throughput):
     """
 
     def __init__(self, fabric: Fabric, **kwargs: Any) -> None:
-        dtype = _compute_dtype(fabric.strategy.precision)
+        dtype = compute_dtype(fabric.strategy.precision)
         kwargs.setdefault("available_flops", get_available_flops(fabric.device, dtype))
         kwargs.setdefault("world_size", fabric.world_size)
         super().__init__(**kwargs)
@@ -209,6 +209,7 @@ def measure_flops(model: nn.Module, forward_fn: Callable[[], Tensor], loss_fn: C
 # Peak rates by the makers' data sheets in 10^12 operations per second, without sparsity, on matrix units where there are some,
 # with float32 accumulation: float64, float32, TF32, float16, bfloat16, int8. The first entry whose words are all in the name holds.
 _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
+    ("gb200", (40, 80, 1250, 2500, 2500, 5000)),
     ("b200", (37, 75, 1125, 2250, 2250, 4500)),
     ("gh200", (67, 67, 494.7, 989.4, 989.4, 1978.9)),
     ("h200 nvl", (60, 60, 417.5, 835, 835, 1670)),
@@ -216,6 +217,10 @@ _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("h100 nvl", (60, 60, 417.5, 835, 835, 1670)),
     ("h100 pcie", (51, 51, 378, 756, 756, 1513)),
     ("h100", (67, 67, 494.7, 989.4, 989.4, 1978.9)),
+    ("h800 pcie", (0.8, 51, 378, 756, 756, 1513)),
+    ("h800", (1, 67, 494.7, 989.4, 989.4, 1978.9)),
+    ("h20", (1, 44, 74, 148, 148, 296)),
+    ("a800", (19.5, 19.5, 156, 312, 312, 624)),
     ("a100", (19.5, 19.5, 156, 312, 312, 624)),
     ("a30", (10.3, 10.3, 82, 165, 165, 330)),
     ("a40", (None, 37.4, 74.8, 149.7, 149.7, 299.3)),
@@ -225,6 +230,7 @@ _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("l40s", (None, 91.6, 183, 362, 362, 733)),
     ("l40", (None, 90.5, 90.5, 181, 181, 362)),
     ("l4", (None, 30.3, 60, 121, 121, 242)),
+    ("l20", (None, 59.8, 59.8, 119.5, 119.5, 239)),
     ("v100s", (8.2, 16.4, None, 130, None, None)),
     ("v100 pcie", (7, 14, None, 112, None, None)),
     ("v100", (7.8, 15.7, None, 125, None, None)),
@@ -236,8 +242,16 @@ _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("rtx 4080", (None, 48.7, 48.7, 97.5, 97.5, 389.9)),
     ("rtx 3090 ti", (None, 40, 40, 80, 80, 320)),
     ("rtx 3090", (None, 35.6, 35.6, 71, 71, 284)),
+    ("rtx 3080 ti", (None, 34.1, 34.1, 68.2, 68.2, 272.8)),
+    ("rtx 3080", (None, 29.8, 29.8, 59.5, 59.5, 238)),
+    ("rtx 3070", (None, 20.3, 20.3, 40.6, 40.6, 162.6)),
     ("rtx 2080 ti", (None, 13.4, None, 53.8, None, 215.2)),
+    ("rtx 2080 super", (None, 11.2, None, 44.6, None, 178.4)),
+    ("rtx 2080", (None, 10.1, None, 40.3, None, 161.1)),
+    ("quadro rtx 5000", (None, 11.2, None, 89.2, None, 178.4)),
+    ("quadro rtx 6000", (None, 16.3, None, 130.5, None, 261)),
     ("titan rtx", (None, 16.3, None, 130.5, None, 261)),
+    ("mi325x", (163.4, 163.4, 653.7, 1307.4, 1307.4, 2614.9)),
     ("mi300x", (163.4, 163.4, 653.7, 1307.4, 1307.4, 2614.9)),
 )
 _COLUMNS = {"float64": 0, "float32": 1, "tf32": 2, "float16": 3, "bfloat16": 4, "int8": 5}
@@ -270,7 +284,7 @@ def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int |
     return int(peak * 1e12)
 
 
-def _compute_dtype(precision: Any) -> torch.dtype:
+def compute_dtype(precision: Any) -> torch.dtype:
     """The type that matrix products are computed in under a precision plugin."""
     name = str(precision.precision)
     if name.startswith("bf16"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks.prediction_writer import BasePredictionWriter
     from lightning.pytorch.callbacks.progress import ProgressBar, RichProgressBar, TQDMProgressBar
     from lightning.pytorch.callbacks.rich_model_summary import RichModelSummary
+    from lightning.pytorch.callbacks.throughput_monitor import ThroughputMonitor
     from lightning.pytorch.callbacks.timer import Timer
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
     "TQDMProgressBar": "progress",
+    "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "RichModelSummary",
     "RichProgressBar",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]
 

@@ -467,11 +467,12 @@ class TrainerAttributes:
         """Let a callback publish values under ``callback_metrics``."""
         self._metrics.add_callback_metrics(values)
 
-    def send_to_loggers(self, values: dict[str, Any], step: int) -> None:
+    def send_to_loggers(self, values: Any, step: int) -> None:
         """Let a callback write a row to all loggers, behind the rows that are on their way from the device.
 
         Args:
-            values: numbers, or tensors of one element.
+            values: a dict of numbers, or of tensors of one element; or an object for a row that is known later: its ``ready()`` says
+                whether it is, its ``read()`` returns the dict, and waits if it must.
             step: the x value.
         """
         self._metrics.send_row(values, step)

@@ -54,20 +54,21 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         if state:
             checkpoint[type(precision).__qualname__] = state
         precision.on_save_checkpoint(checkpoint)
-        from lightning.pytorch import resume
+        from lightning.pytorch import resume, window
 
         loop = trainer.fit_loop
         # What a process that fails has gathered can't be averaged with what the others have.
         alone = strategy.world_size == 1 or trainer.state.status is not TrainerStatus.INTERRUPTED
-        within_window = loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate
-        if alone and within_window:
-            checkpoint["keraunos"]["gradients"] = strategy.accumulated_gradients()
+        names = window.names_to_keep(trainer) if alone else set()
+        if names:
+            checkpoint["keraunos"]["gradients"] = {name: each for name, each in strategy.accumulated_gradients().items() if name in names}
+        checkpoint["keraunos"]["window"] = window.state_of(trainer)
         if alone:
             checkpoint["keraunos"]["engine"] = strategy.engine_state()
         batches = loop.progress.position()["batch_idx"]
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
-        checkpoint["keraunos"]["processes"] = resume.states(trainer, within_window)
+        checkpoint["keraunos"]["processes"] = resume.states(trainer, names)
         checkpoint["keraunos"]["versions"] = [getattr(logger, "_version", None) for logger in trainer.loggers]
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
@@ -175,8 +176,11 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state = checkpoint.get(type(strategy.precision).__qualname__)
     if state is not None:
         strategy.precision.load_state_dict(state)
+    from lightning.pytorch import window
+
     own = trainer.fit_loop.resumed
     strategy.load_accumulated_gradients((own and own.get("gradients")) or names.get("gradients", {}))
+    window.go_on(trainer, names.get("window"), bool(names.get("gradients")))
 
 
 def _compare_code(saved: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +26,18 @@ KEPT = ("value", "total", "host_total", "weight", "serial", "merged", "dtype")  
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def states(trainer: Trainer, within_window: bool = False) -> list[State | None]:
+def states(trainer: Trainer, gradients: Collection[str] = ()) -> list[State | None]:
     """The state of every process, in the order of their ranks; all must call it.
 
     A process that fails can't ask the others, and has None in their places.
 
     Args:
         trainer: whose run.
-        within_window: whether gradients have been gathered for a step that is still to come.
+        gradients: the names of the parameters whose gradients a step to come still uses.
     """
     strategy, own = trainer.strategy, _own_state(trainer)
-    own["gradients"] = strategy.own_gradients() if within_window and strategy.world_size > 1 else {}
+    found = strategy.own_gradients() if gradients and strategy.world_size > 1 else {}
+    own["gradients"] = {name: gradient for name, gradient in found.items() if name in gradients}
     return [own] if strategy.world_size == 1 else strategy.gather_objects(own)
 
 

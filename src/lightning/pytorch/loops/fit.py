@@ -62,7 +62,7 @@ class FitLoop:
         self.loader: TrainLoader | None = None
         self.accumulate = 1
         self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
-        self.spent: list[Any] = []  # manual optimization: optimizers that have stepped since `manual_backward` ran last
+        self.spent: set[int] = set()  # manual optimization: the ids of the optimizers that stepped since `manual_backward` ran last
         self.runs_backward = False  # manual optimization: whether `manual_backward` is what runs backward
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
@@ -196,7 +196,8 @@ class FitLoop:
             return iter(())
         source = counted if loader.length_is_exact else looked_ahead
         fetched = bind.fetched(self.trainer, loader.iterable, "[_TrainingEpochLoop].train_dataloader_next")
-        batches = source(fetched, p.batch_idx, loader.num_batches, self.prepare, loader.passes_over)
+        self.waits.begin()
+        batches = source(fetched, p.batch_idx, loader.num_batches, self.prepare, loader.passes_over, self.waits)
         return batches if loader.lockstep is None else self.weighed(batches, loader.lockstep)
 
     def weighed(self, batches: Iterator[tuple[Any, bool]], lockstep: Lockstep) -> Iterator[tuple[Any, bool]]:
@@ -338,7 +339,7 @@ class FitLoop:
         result = self.trainer.strategy.optimizer_step(optimizer, with_hook, **kwargs)
         if not automatic:
             self.progress.global_step += 1
-            self.spent.append(optimizer)
+            self.spent.add(id(optimizer))
         return result
 
     # ---- validation ---------------------------------------------------------------------------------------------------
@@ -367,11 +368,19 @@ class FitLoop:
         from lightning.pytorch.resume import before_validation
 
         self.before_validation = before_validation(self.trainer)
-        if self.progress.updates and self.metrics.batch is not None:  # a resumed run has no gradients yet; in mid-window they are needed
+        if self.window_is_over():
             with self.trainer._in_stage(RunningStage.VALIDATING):
                 self.free_gradients()
+        began = time.perf_counter()
         self.trainer.validate_loop.run(finishing=self.after_validation)
         self.validated_at = time.monotonic()
+        self.waits.elsewhere += time.perf_counter() - began
+
+    def window_is_over(self) -> bool:
+        """Whether there are gradients, and none that a step is still to use."""
+        if self.trainer.lightning_module.automatic_optimization:
+            return self.progress.updates and self.metrics.batch is not None  # a resumed run has none yet
+        return all(id(optimizer) in self.spent for optimizer in self.trainer.strategy.optimizers)
 
     def after_validation(self) -> None:
         """From here on a checkpoint says that this validation is done."""
@@ -448,6 +457,7 @@ class FitLoop:
 
             self.val_clock = SharedClock()
         self.guards = bind.guards(trainer, self)
+        self.waits = bind.waits(trainer)
         self.bind_overrides()
 
     def bind_overrides(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.checkpoint.background import BackgroundCheckpointIO, PatientCheckpointIO
 from lightning.fabric.checkpoint.io import TorchCheckpointIO, load
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
@@ -388,3 +388,61 @@ def test_buffers_and_large_numbers_are_no_reason_not_to_save(Weight: Any, make: 
 
     make(every_step()).fit(Odd(), numbers(2))
     assert os.listdir("saved") == ["step=2.ckpt"]
+
+
+class Normed(LightningModule):
+    """Weights, statistics and moments; a mask and a place for what is not known yet, which are no numbers from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 2)
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.register_buffer("mask", torch.full((3,), -torch.inf))
+        self.register_buffer("unknown", torch.full((3,), torch.nan))
+        self.register_buffer("smallest", torch.zeros(3))
+        self.register_buffer("unsaved", torch.zeros(3), persistent=False)
+        self.frozen = torch.nn.Parameter(torch.full((3,), -torch.inf), requires_grad=False)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.norm(self.layer(batch.float().reshape(-1, 1).expand(4, 1) + torch.rand(4, 1))).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def spoiled(what: str, value: float) -> Callable[[Trainer], None]:
+    def action(trainer: Trainer) -> None:
+        if trainer.global_step == 2:
+            module: Any = trainer.lightning_module
+            moments = trainer.optimizers[0].state[module.layer.weight]
+            tensors = {"moment": moments["exp_avg_sq"], "statistics": module.norm.running_var, "smallest": module.smallest}
+            with torch.no_grad():
+                tensors.get(what, module.unsaved)[0] = value
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "named"),
+    [
+        ("moment", torch.inf, r"optimizer's state for the parameter 'layer\.weight'"),
+        ("statistics", torch.nan, r"buffer 'norm\.running_var'"),
+        ("statistics", torch.inf, r"buffer 'norm\.running_var'"),
+        ("smallest", torch.nan, "buffer 'smallest'"),
+    ],
+)
+def test_statistics_and_moments_that_are_no_numbers_replace_nothing(make: Make, numbers: Make, what: str, value: float, named: str) -> None:
+    with pytest.warns(UserWarning, match=f"The {named} holds NaN or infinity at global step 3"):
+        make(every_step(), Steps(spoiled(what, value))).fit(Normed(), numbers(5))
+    assert os.listdir("saved") == ["step=2.ckpt"]
+
+
+@pytest.mark.parametrize(("what", "value"), [("nothing", torch.nan), ("smallest", torch.inf)])
+def test_what_is_no_number_from_the_start_is_no_reason_not_to_save(make: Make, numbers: Make, what: str, value: float) -> None:
+    make(every_step(), Steps(spoiled(what, value))).fit(Normed(), numbers(5))
+    assert os.listdir("saved") == ["step=5.ckpt"]
+
+
+def test_moments_do_not_matter_where_weights_are_saved_alone(make: Make, numbers: Make) -> None:
+    make(every_step(save_weights_only=True), Steps(spoiled("moment", torch.inf))).fit(Normed(), numbers(5))
+    assert os.listdir("saved") == ["step=5.ckpt"]

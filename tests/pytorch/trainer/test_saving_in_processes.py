@@ -294,13 +294,15 @@ def test_directory_that_could_not_be_saved_to_the_end_is_an_error_in_all_process
     assert os.listdir(tmp_path) == []
 
 
-def spoiled(rank: int, size: int, folder: str) -> list[Any]:
+def spoiled(rank: int, size: int, folder: str, what: str) -> list[Any]:
     model = Model()
 
     def spoil() -> None:
         if rank == 1:
+            weight: Any = model.layers[0].weight
+            moments = model.trainer.optimizers[0].state[weight]
             with torch.no_grad():
-                model.layers[0].weight._local_tensor.fill_(torch.nan)  # type: ignore[union-attr, operator]
+                (weight if what == "weight" else moments["exp_avg_sq"])._local_tensor.fill_(torch.nan if what == "weight" else torch.inf)
 
     callback = every_step(folder)
     with warnings.catch_warnings(record=True) as told:
@@ -309,10 +311,11 @@ def spoiled(rank: int, size: int, folder: str) -> list[Any]:
     return [os.path.basename(callback.best_model_path), [str(each.message) for each in told if "NaN" in str(each.message)]]
 
 
-def test_part_of_one_process_that_is_no_number_keeps_all_from_saving(tmp_path: Path) -> None:
-    first, second = run(spoiled, 2, str(tmp_path))
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_part_of_one_process_that_is_no_number_keeps_all_from_saving(tmp_path: Path, what: str) -> None:
+    first, second = run(spoiled, 2, str(tmp_path), what)
     assert [first[0], second[0]] == ["step=3.ckpt"] * 2
     assert len(first[1]) == 1
     assert "at global step 4" in first[1][0]
-    assert "layers." in first[1][0]
+    assert ("optimizer's state for the parameter 'layers.0.weight'" if what == "moment" else "layers.") in first[1][0]
     assert os.listdir(tmp_path) == ["step=3.ckpt"]

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.callbacks.checkpoint_books import BOOKS, Books, on_cpu
 from lightning.pytorch.callbacks.checkpoint_schedule import Schedule, refuse
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.finite import looked_at, nonfinite_parameter
+from lightning.pytorch.utilities.finite import looked_at, nonfinite_at_start, nonfinite_part
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -42,8 +42,9 @@ class ModelCheckpoint(Books, Checkpoint):
     metric is of older weights, or just before a validation run, is put off to the end of the validation run or epoch at which a value
     of the current weights is there. The books (``best_k_models``, ``best_model_path``, ...) change, and files that dropped out are
     removed, only once the new file is complete; a save that fails raises, unless ``Trainer(on_save_error="retry")`` says otherwise.
-    Weights that hold NaN or infinity are not saved: what was saved before stays, and a warning names the first such parameter. Nothing is
-    saved by ``fast_dev_run``, in the sanity check, or outside of ``fit``.
+    A state in which parameters, moments of optimizers, statistics of normalizing layers or (NaN only) other buffers are no numbers is not
+    saved: what was saved before stays, and a warning names the first. What of it was so at the start, but for trained parameters, does
+    not count. Nothing is saved by ``fast_dev_run``, in the sanity check, or outside of ``fit``.
 
     In a run of several processes the metrics of rank 0 decide for all; log with ``sync_dist=True`` what shall be of all data.
 
@@ -135,6 +136,7 @@ class ModelCheckpoint(Books, Checkpoint):
         self._last_checkpoint_saved = ""  # what `last` may link to
         self._saved_state: tuple[str, Any] = ("", None)  # the last file from which a run can go on, and from where
         self._told_of_nonfinite = False
+        self._nonfinite_at_start: frozenset[str] = frozenset()
         self._forget_run(global_step=0)
 
     def _check_arguments(self) -> None:
@@ -250,6 +252,7 @@ class ModelCheckpoint(Books, Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._forget_run(trainer.global_step)
+        self._nonfinite_at_start = frozenset() if self._inactive(trainer) else nonfinite_at_start(trainer)
         if trainer.validation_due and self._schedule.within_epochs and self._schedule.batch_due(trainer):
             self._top_k_due = self._last_due = True  # a resumed run comes to the validation for which the batch's save was put off
 
@@ -325,7 +328,7 @@ class ModelCheckpoint(Books, Checkpoint):
         current = saved if position == trainer.fit_loop.progress.position() else ""
         if current and current == former:
             return former
-        if not self._finite(trainer):
+        if not self._finite(trainer, complete=True):
             return None
         path = self._free_path(trainer, self._metrics(trainer), own=former, template=self.CHECKPOINT_NAME_LAST)
         with self._unchanged_on_error():
@@ -469,14 +472,14 @@ class ModelCheckpoint(Books, Checkpoint):
             self._save_last(trainer, metrics, looked=True)
         return True
 
-    def _finite(self, trainer: pl.Trainer) -> bool:
-        """Whether the weights are numbers. If not, nothing is saved by itself: it would take the place of what is still of use."""
-        name = nonfinite_parameter(trainer)
+    def _finite(self, trainer: pl.Trainer, complete: bool = False) -> bool:
+        """Whether what is saved are numbers. If not, nothing is saved by itself: it would take the place of what is still of use."""
+        name = nonfinite_part(trainer, self.save_weights_only and not complete, self._nonfinite_at_start)
         if name is not None and not self._told_of_nonfinite:
             self._told_of_nonfinite = True
             message = (
-                f"The parameter {name!r} holds NaN or infinity at global step {trainer.global_step}, so ModelCheckpoint saves nothing as "
-                "long as that is so; what was saved before stays. `trainer.save_checkpoint` saves such weights."
+                f"The {name} holds NaN or infinity at global step {trainer.global_step}, so ModelCheckpoint saves nothing as "
+                "long as that is so; what was saved before stays. `trainer.save_checkpoint` saves such a state."
             )
             rank_zero_warn(message)
         return name is None

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.cloud_io import join_path
 from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.finite import looked_at, nonfinite_parameter
+from lightning.pytorch.utilities.finite import looked_at, nonfinite_at_start, nonfinite_part
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -23,7 +23,7 @@ class OnExceptionCheckpoint(Checkpoint):
 
     The exception goes on as if nothing had been saved; a failure to save is logged and never takes its place. The file is
     removed once a later ``fit`` that resumed from it has ended well. Nothing is saved by ``fast_dev_run``, in the sanity check, or
-    outside of ``fit``, nor where weights hold NaN or infinity.
+    outside of ``fit``, nor where weights, or what else ModelCheckpoint looks at, hold NaN or infinity.
 
     Args:
         dirpath: the folder of the file, local or remote.
@@ -46,6 +46,7 @@ class OnExceptionCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self.filename = filename
         self._training = False
+        self._nonfinite_at_start: frozenset[str] = frozenset()
 
     @property
     def ckpt_path(self) -> str:
@@ -61,6 +62,7 @@ class OnExceptionCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is something to save."""
         self._training = not trainer.fast_dev_run
+        self._nonfinite_at_start = nonfinite_at_start(trainer) if self._training else frozenset()
 
     def on_exception(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Save, unless no training is going on."""
@@ -68,9 +70,9 @@ class OnExceptionCheckpoint(Checkpoint):
         if not training:
             return
         try:
-            name = nonfinite_parameter(trainer)
+            name = nonfinite_part(trainer, known=self._nonfinite_at_start)
             if name is not None:
-                log.warning("The parameter %r holds NaN or infinity, so the state of the interrupted run is not saved.", name)
+                log.warning("The %s holds NaN or infinity, so the state of the interrupted run is not saved.", name)
                 return
             with looked_at():
                 trainer.save_checkpoint(self.ckpt_path)
@@ -85,7 +87,7 @@ class OnExceptionCheckpoint(Checkpoint):
             the path; None if nothing was saved.
         """
         training, self._training = self._training, False
-        if not training or nonfinite_parameter(trainer) is not None:
+        if not training or nonfinite_part(trainer, known=self._nonfinite_at_start) is not None:
             return None
         with looked_at():
             trainer.save_checkpoint(self.ckpt_path)

@@ -42,21 +42,21 @@ def equip(strategy: Strategy, in_background: bool, on_error: str) -> None:
         strategy.checkpoint_io = found
 
 
-def before_save(trainer: Trainer) -> None:
-    """Warn of weights that are no numbers, unless somebody else has looked; a failing run hears of earlier failures to save here."""
+def before_save(trainer: Trainer, weights_only: bool) -> None:
+    """Warn of what is no number, unless somebody else has looked; a failing run hears of earlier failures to save here."""
     if trainer.state.status is TrainerStatus.INTERRUPTED:
         try:
             trainer.strategy.checkpoint_io.wait()
         except Exception:
             log.exception("A checkpoint could not be saved.")  # and must not keep this one from being saved
-    from lightning.pytorch.utilities.finite import has_been_looked_at, nonfinite_parameter
+    from lightning.pytorch.utilities.finite import has_been_looked_at, nonfinite_part
 
     if has_been_looked_at():
         return
-    name = nonfinite_parameter(trainer)
+    name = nonfinite_part(trainer, weights_only)
     if name is not None:
         step = trainer.global_step
-        rank_zero_warn(f"The checkpoint that is saved at global step {step} holds NaN or infinity in the parameter {name!r}.")
+        rank_zero_warn(f"The checkpoint that is saved at global step {step} holds NaN or infinity in the {name}.")
 
 
 def after_save(trainer: Trainer) -> None:

@@ -422,7 +422,7 @@ class Trainer(TrainerAttributes):
                 "weights, and not all of them may be there. Continue from the last checkpoint that was saved before."
             )
         with self.profiler.profile("save_checkpoint"):
-            saving.before_save(self)
+            saving.before_save(self, bool(weights_only))
             checkpoint = compose(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             if not failing:

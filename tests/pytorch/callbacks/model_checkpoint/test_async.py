@@ -128,5 +128,8 @@ def test_last_is_the_highest_generation_that_is_whole(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"last\.ckpt is used instead.*last-v1\.ckpt"):
         assert resume() == "last.ckpt"
     (tmp_path / "last.ckpt").write_bytes(b"")
-    with pytest.raises(RuntimeError, match="None of the 2 checkpoints"):
+    with pytest.warns(UserWarning, match=r"epoch=0-step=2\.ckpt is used instead: .*last\.ckpt.*last-v1\.ckpt"):
+        assert resume() == "epoch=0-step=2.ckpt"
+    (tmp_path / "epoch=0-step=2.ckpt").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="None of the 3 checkpoints"):
         resume()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from time import perf_counter
 from typing import Any
 
 from lightning.fabric.utilities.data import has_iterable_dataset, sized_len
@@ -12,8 +13,53 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 Prepare = Callable[[Any], Any]
 
+SHORT = 5e-5  # seconds: what is not worth to ask the device about
+FIRST_LOOK = 30.0  # seconds of an epoch after which waits are looked at for the first time, if it takes so long
+LEAST_SECONDS, LEAST_BATCHES, SHARE = 5.0, 50, 0.3  # from when on, and from which part of the time on, it is worth a word
+NEVER = float("inf")
 
-def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0) -> Iterator[tuple[Any, bool]]:
+
+class Waits:
+    """How long an epoch has waited for its loader, after its first batch, while the device had nothing to do.
+
+    Args:
+        idle: whether the device has done all that it was given, without waiting for it; None where it always has.
+        tell: called with this object where it turns out that the loader holds up training, once.
+
+    Attributes:
+        seconds: of waiting.
+        whole: seconds since the first batch, without ``elsewhere``.
+        elsewhere: seconds that were no part of training.
+        batches: that were waited for.
+    """
+
+    def __init__(self, idle: Callable[[], bool] | None = None, tell: Callable[[Waits], None] | None = None) -> None:
+        self.idle = idle
+        self.tell = tell
+        self.begin()
+
+    def begin(self) -> None:
+        """A new epoch."""
+        self.seconds = self.whole = self.elsewhere = 0.0
+        self.batches = 0
+        self.look_at, self.began = 0.0, NEVER
+
+    def take(self, now: float, index: int) -> None:
+        """Look at what was waited until the batch of this number, and again when it will be twice as long."""
+        if self.began == NEVER:
+            self.began, self.first, self.look_at = now, index, now + FIRST_LOOK
+            return
+        self.whole, self.batches = now - self.began - self.elsewhere, index - self.first
+        self.look_at = now + max(now - self.began, FIRST_LOOK)
+        enough = self.whole >= LEAST_SECONDS and self.batches >= LEAST_BATCHES
+        if enough and self.tell is not None and self.seconds > SHARE * self.whole:
+            tell, self.tell = self.tell, None
+            tell(self)
+
+
+def counted(
+    loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0, waits: Waits | None = None
+) -> Iterator[tuple[Any, bool]]:
     """Yield ``(batch, is_last)`` of a loader whose length is known.
 
     Args:
@@ -22,13 +68,22 @@ def counted(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, be
         stop: the number of batches of the epoch, those passed over included.
         prepare: moves a batch to the device.
         begins_at: the number of the batch with which the loader begins; not 0 where it goes on in the middle of an epoch by itself.
+        waits: takes the time; the epoch's own.
     """
-    index = start
+    index, waits, left = start, waits or Waits(), NEVER
+    idle = waits.idle
     # A loader that is not limited is read to its very end, as by a `for` loop: its sampler and its workers finish.
     for batch in islice(loader, *bounds(start, float("inf") if stop == sized_len(loader) else stop, begins_at)):
         index += 1
+        if (now := perf_counter()) - left > SHORT and (idle is None or idle()):
+            waits.seconds += now - left
+        if now >= waits.look_at:
+            waits.take(now, index)
         batch = prepare(batch)  # under the same name: what came from the loader is of no more use
         yield batch, index == stop
+        left = perf_counter()
+    if index > start:
+        waits.take(left, index)
 
 
 def bounds(start: int, stop: float, begins_at: int) -> tuple[int, int | None]:
@@ -37,7 +92,9 @@ def bounds(start: int, stop: float, begins_at: int) -> tuple[int, int | None]:
     return first, None if stop == float("inf") else max(int(stop) - begins_at, first)
 
 
-def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0) -> Iterator[tuple[Any, bool]]:
+def looked_ahead(
+    loader: Iterable[Any], start: int, stop: float, prepare: Prepare, begins_at: int = 0, waits: Waits | None = None
+) -> Iterator[tuple[Any, bool]]:
     """Yield ``(batch, is_last)`` of a loader whose length is not known, or not for sure: one raw batch is fetched ahead.
 
     Args:
@@ -46,6 +103,7 @@ def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepar
         stop: the greatest number of batches, infinity for all.
         prepare: moves a batch to the device.
         begins_at: the number of the batch with which the loader begins.
+        waits: takes the time.
 
     Raises:
         MisconfigurationException: if the loader gives no batch at all.
@@ -62,14 +120,24 @@ def looked_ahead(loader: Iterable[Any], start: int, stop: float, prepare: Prepar
                 "It must give its batches anew in each epoch, which a generator, for one, cannot do."
             ) from None
         return
+    index, waits, left = start + 1, waits or Waits(), NEVER
+    idle = waits.idle
+    waits.take(perf_counter(), index)
     for following in batches:
+        index += 1
+        if (now := perf_counter()) - left > SHORT and (idle is None or idle()):
+            waits.seconds += now - left
+        if now >= waits.look_at:
+            waits.take(now, index)
         batch = prepare(batch)
         yield batch, False
         batch = following
+        left = perf_counter()
     if stop == sized_len(loader) and not has_iterable_dataset(getattr(loader, "loader", loader)):  # of which some give more than they say
         next(source, None)  # as by a `for` loop: its sampler finishes, which may be where it makes ready for the next epoch
     batch, following = prepare(batch), None
     yield batch, True
+    waits.take(perf_counter(), index)
 
 
 def step_with_index(step: Callable[..., Any], name: str) -> Callable[[Any, int], Any]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.dispatch import no_op, override_of, scoped, spanned
-from lightning.pytorch.loops.batches import step_with_index
+from lightning.pytorch.loops.batches import Waits, step_with_index
 
 if TYPE_CHECKING:
     from lightning.pytorch.loops.fit import FitLoop
@@ -64,6 +65,18 @@ class Fetched:
                 return
             box, item = [item], None
             yield box.pop()  # kept by nobody here while it is computed on
+
+
+def waits(trainer: Trainer) -> Waits:
+    """What takes the time for which training waits for its loader, and says it where that is much."""
+    device = trainer.strategy.root_device
+    return Waits(torch.cuda.current_stream(device).query if device.type == "cuda" else None, partial(_tell_of_waits, trainer))
+
+
+def _tell_of_waits(trainer: Trainer, waits: Waits) -> None:
+    from lightning.pytorch.loops.input_bound import tell
+
+    tell(trainer, waits)
 
 
 def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:

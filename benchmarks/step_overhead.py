@@ -1,4 +1,4 @@
-"""What a training step costs above the same step in a hand-written loop.
+"""What a step of training, evaluation or prediction costs above the same step in a hand-written loop.
 
 The model is next to nothing, so what remains is the framework's own work. Both loops run in one process and take
 turns in short blocks: the trainer's batches come from an iterable that, between two blocks of them, runs a block of
@@ -103,6 +103,21 @@ def hand_written(model: Any, batch: torch.Tensor) -> Callable[[int], None]:
     return run
 
 
+def evaluated_by_hand(model: Any, batch: torch.Tensor) -> Callable[[int], None]:
+    """The same for evaluation: fetch, forward."""
+
+    def batches(count: int) -> Iterator[torch.Tensor]:
+        for _ in range(count):
+            yield batch
+
+    def run(steps: int) -> None:
+        with torch.inference_mode():
+            for data in batches(steps):
+                model.compute(data)
+
+    return run
+
+
 def build_model(logs: int, log_options: dict[str, Any]) -> Any:
     """A model of one parameter."""
     from lightning.pytorch import LightningModule
@@ -123,9 +138,18 @@ def build_model(logs: int, log_options: dict[str, Any]) -> Any:
                 self.log(name, loss, **log_options)
             return loss
 
+        def evaluation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            loss = self.compute(batch)
+            for name in names:
+                self.log(name, loss, **log_options)
+
+        def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.compute(batch)
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
+    Tiny.validation_step = Tiny.test_step = Tiny.evaluation_step  # type: ignore[method-assign, assignment]
     return Tiny()
 
 
@@ -168,21 +192,45 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], Callable[[], dict[str, Any]]]] = 
     "200 ms logger, 1 log": (1, {}, slow_logger),
 }
 
+# name: (entry point, number of logs)
+EVALUATION: dict[str, tuple[str, int]] = {
+    "validate": ("validate", 0),
+    "validate, 1 log": ("validate", 1),
+    "test, 1 log": ("test", 1),
+    "predict": ("predict", 0),
+    "predict_stream": ("predict_stream", 0),
+}
+
+
+def run_evaluation(trainer: Any, entry: str, model: Any, source: Any) -> None:
+    """Run it to its end, keeping nothing."""
+    if entry == "predict_stream":
+        for _ in trainer.predict_stream(model, source):
+            pass
+        return
+    getattr(trainer, entry)(model, source, **({"return_predictions": False} if entry == "predict" else {"verbose": False}))
+
 
 def measure(name: str, blocks: int, steps: int) -> dict[str, float]:
     """Microseconds per step of both loops: medians over the blocks."""
     from lightning.pytorch import Trainer
 
-    logs, log_options, arguments = VARIANTS[name]
+    entry, (logs, log_options, arguments) = "fit", VARIANTS.get(name, (0, {}, dict))
+    if name in EVALUATION:
+        entry, logs = EVALUATION[name]
     torch.manual_seed(0)
     model, twin = build_model(logs, log_options), build_model(0, {})
-    source = TurnTaking(blocks, steps, max(3, blocks // 10), hand_written(twin, torch.ones(1)))
+    by_hand = hand_written if entry == "fit" else evaluated_by_hand
+    source = TurnTaking(blocks, steps, max(3, blocks // 10), by_hand(twin, torch.ones(1)))
     options: dict[str, Any] = {
         "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
     trainer = Trainer(**{**options, **arguments()})
-    trainer.fit(model, source)
+    if entry == "fit":
+        trainer.fit(model, source)
+    else:
+        run_evaluation(trainer, entry, model, source)
     return {
         "by_hand_wall": statistics.median(source.theirs.wall),
         "trainer_wall": statistics.median(source.ours.wall),
@@ -196,6 +244,7 @@ def measure(name: str, blocks: int, steps: int) -> dict[str, float]:
 def measure_all(names: list[str], blocks: int, steps: int) -> dict[str, Any]:
     """All variants with the ``lightning`` of this interpreter."""
     import lightning
+    import lightning.pytorch
 
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -205,6 +254,8 @@ def measure_all(names: list[str], blocks: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         os.chdir(folder)
         for name in names:
+            if not hasattr(lightning.pytorch.Trainer, EVALUATION.get(name, ("fit", 0))[0]):
+                continue  # upstream has no such entry point
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 results[name] = measure(name, blocks, steps)
         os.chdir(outer)
@@ -229,7 +280,9 @@ def table(ours: dict[str, Any], upstream: dict[str, Any] | None) -> str:
         rows[0] += [f"lightning {upstream['version']}: overhead, CPU", "times ours"]
     for name, row in ours["variants"].items():
         rows.append([name, *(f"{row[column]:.1f}" for column in columns)])
-        if upstream is not None:
+        if upstream is not None and name not in upstream["variants"]:
+            rows[-1] += ["-", "-"]
+        elif upstream is not None:
             other = upstream["variants"][name]["overhead_cpu"]
             # Below a microsecond the difference of the two loops is noise, and a ratio to it says nothing.
             rows[-1] += [f"{other:.1f}", f"{other / row['overhead_cpu']:.1f}" if row["overhead_cpu"] >= 1 else "-"]
@@ -239,11 +292,12 @@ def table(ours: dict[str, Any], upstream: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Measure, print, write."""
+    names = [*VARIANTS, *EVALUATION]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lightning", metavar="PYTHON", help="an interpreter that has lightning 2.x, to be measured too")
     parser.add_argument("--blocks", type=int, default=60, help="measured blocks of each loop")
     parser.add_argument("--steps", type=int, default=200, help="steps in a block")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="VARIANT", help=", ".join(names))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "step_overhead.json", help="where the figures go")
     parser.add_argument("--measure", action="store_true", help="print the figures as JSON, and nothing else")
     args = parser.parse_args()

@@ -32,6 +32,8 @@ ONE_LOG = 4  # each more
 ONE_LOG_WITH_EPOCH = 4  # each more, the first one infers the batch's size
 VALIDATION = 6
 VALIDATION_LOG = 4  # each more
+PREDICTION = 5
+STREAM = 7  # of an iterator over predictions
 
 
 class Model(LightningModule):
@@ -61,6 +63,12 @@ class Validating(Model):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.step(batch)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.step(batch)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.step(batch)
 
 
 class Counter:
@@ -118,6 +126,23 @@ def validation(model: LightningModule | None = None, **arguments: Any) -> list[l
     """The calls of each steady validation step."""
     chosen = Validating() if model is None else model
     return counted("validation_step", lambda: trainer(**arguments).validate(chosen, batches(), verbose=False))
+
+
+def evaluation(entry: str, model: LightningModule | None = None, **arguments: Any) -> list[list[str]]:
+    """The calls of each steady step of ``"test"``, ``"predict"`` or ``"predict_stream"``, of which nothing is kept."""
+    chosen = Validating() if model is None else model
+
+    def run() -> None:
+        runner = trainer(**arguments)
+        if entry == "test":
+            runner.test(chosen, batches(), verbose=False)
+        elif entry == "predict":
+            runner.predict(chosen, batches(), return_predictions=False)
+        else:
+            for _ in runner.predict_stream(chosen, batches()):
+                pass
+
+    return counted("test_step" if entry == "test" else "predict_step", run)
 
 
 def cost(steps: list[list[str]]) -> int:
@@ -259,6 +284,35 @@ def test_validation_steps_keep_to_their_budget() -> None:
     one, five = cost(validation(Validating(1))), cost(validation(Validating(5)))
     assert five - one <= 4 * VALIDATION_LOG
     assert one <= VALIDATION + 5
+
+
+def test_steps_of_a_test_keep_to_the_budget_of_validation() -> None:
+    assert within(evaluation("test"), VALIDATION)
+    one, five = cost(evaluation("test", Validating(1))), cost(evaluation("test", Validating(5)))
+    assert five - one <= 4 * VALIDATION_LOG
+    assert one <= VALIDATION + 5
+
+
+def test_predictions_keep_to_their_budget() -> None:
+    assert within(evaluation("predict"), PREDICTION)
+    assert within(evaluation("predict_stream"), STREAM)
+
+
+@pytest.mark.parametrize("entry", ["test", "predict", "predict_stream"])
+def test_a_hook_that_nobody_overrides_costs_nothing_in_evaluation(entry: str) -> None:
+    class NotInSteps(Callback):
+        def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+            pass
+
+        def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+            pass
+
+    assert cost(evaluation(entry, callbacks=NotInSteps())) == cost(evaluation(entry))
+
+
+def test_a_prediction_that_is_kept_costs_one_call_more() -> None:
+    kept = counted("predict_step", lambda: trainer().predict(Validating(), batches()))
+    assert cost(kept) <= PREDICTION + 2
 
 
 def frames_above(step: str) -> list[str]:

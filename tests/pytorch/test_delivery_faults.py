@@ -306,6 +306,57 @@ def test_logger_that_fails_to_take_a_checkpoint_does_not_end_the_run(Logging: An
     assert loggers[0].rows == loggers[1].rows
 
 
+class Uploads:
+    """Mixed into a logger: takes its time over each checkpoint, and notes what it finds."""
+
+    called: list[Any]
+    gate: threading.Event
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        assert self.gate.wait(20)
+        path = checkpoint_callback.best_model_path
+        self.called.append((Path(path).name, Path(path).is_file(), dict(checkpoint_callback.best_k_models)))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_logger_that_uploads_checkpoints_slowly_does_not_hold_up_training(
+    Logging: Any, make_trainer: Any, numbers: Any, Rows: Any, background: bool
+) -> None:
+    class Slow(Uploads, Rows):  # type: ignore[misc]
+        pass
+
+    logger = Slow()
+    logger.called, logger.gate = [], threading.Event()
+
+    class Opens(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            assert logger.called == []  # all of training went by
+            logger.gate.set()
+
+    saving = ModelCheckpoint("saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = make_trainer(logger=logger, callbacks=[saving, Opens()], enable_checkpointing=True, async_checkpointing=background)
+    trainer.fit(Logging(), numbers(3))
+    assert [name for name, _, _ in logger.called] == [f"step={step}.ckpt" for step in (1, 2, 3)]  # each as it was then
+    assert all(there for _, there, _ in logger.called)
+    assert logger.finalized == ["success"]
+
+
+def test_logger_that_wants_to_be_called_in_the_main_thread_is_told_of_checkpoints_there(
+    Logging: Any, make_trainer: Any, numbers: Any, Rows: Any
+) -> None:
+    threads = []
+
+    class Here(Rows):  # type: ignore[misc]
+        called_in_background = False
+
+        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+            threads.append(threading.current_thread())
+
+    saving = ModelCheckpoint("saved", every_n_train_steps=1, filename="{step}")
+    make_trainer(logger=Here(), callbacks=saving, enable_checkpointing=True).fit(Logging(), numbers(2))
+    assert threads == [threading.main_thread()] * 2
+
+
 # ---- CSV on a disk that is full ---------------------------------------------------------------------------------------
 
 

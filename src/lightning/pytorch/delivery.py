@@ -25,12 +25,15 @@ TRIES = 3  # for one row, before it is looked whether the logger takes others
 LOOK_AHEAD = 100  # how many others
 LAST_TRIES, LAST_DELAY = 4, 0.25  # at the end of the run: how often, and how many seconds after the first of them
 HANG = 30.0  # seconds that one call may take when everything else is over
+UPLOAD = 600.0  # the same for a call that may upload a checkpoint
 PATIENCE, SHARE = 1.0, 0.005  # seconds, and part of the run's time, in which training may wait for a logger at ends of epochs
 ORDER = 5.0  # seconds that a direct call of one of our loggers waits for the rows before it
 TELL = 3.0  # seconds of waiting at the end after which the user hears what for
 
 # Errors, or their causes, by the names of their classes: of sockets, urllib3, requests, httpx, wandb.
 OUTAGES = {"ConnectionError", "TimeoutError", "Timeout", "gaierror", "ConnectError", "MaxRetryError", "CommError"}
+
+ONCE = ("after_save_checkpoint",)  # methods whose calls are not repeated: the files may be gone by then
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # the name of a logger's method, and what it gets
 
@@ -81,6 +84,12 @@ class Outbox:
     def put(self, call: Call) -> None:
         """Have a call made, after those that were put before."""
         self._raise_warning()
+        self.add(call)
+        if self._here:
+            self._work_here()
+
+    def add(self, call: Call) -> None:
+        """The same from another thread; a logger that is called where its rows come from is called with the next of them."""
         with self._changed:
             self._waiting.append(call)
             self._values += _size(call)
@@ -93,8 +102,6 @@ class Outbox:
                 self._thread.start()
             elif len(self._waiting) == 1:
                 self._changed.notify_all()
-        if self._here:
-            self._work_here()
 
     def settle(self) -> None:
         """Wait for a logger that answers promptly; for another one, not longer than a small share of the run's time."""
@@ -168,7 +175,7 @@ class Outbox:
     def _wait_for_progress(self, seconds: float, wanted: Any, tell: bool = False) -> None:
         began = since = time.monotonic()
         calls = self._calls
-        while wanted() and time.monotonic() - since < seconds:
+        while wanted() and time.monotonic() - since < (UPLOAD if tell and self._in_hand and self._in_hand[0] in ONCE else seconds):
             self._changed.wait(0.05)
             if self._calls != calls:
                 calls, since = self._calls, time.monotonic()
@@ -227,7 +234,11 @@ class Outbox:
         saved = time.monotonic()
         while (call := self._take()) is not None:
             error = self._try(call)
-            if error is not None and not self._passes_over(call, error):
+            if error is not None and call[0] in ONCE:
+                self.note(error)
+                with self._changed:
+                    self._in_hand = None
+            elif error is not None and not self._passes_over(call, error):
                 return self._failed(error)
             if self._unsaved >= SAVE_EVERY or time.monotonic() - saved > 1:
                 if not self._save():
@@ -420,13 +431,13 @@ class Delivery:
                 box.put((method, args, {}))
 
     def tell(self, logger: Any, method: str, *args: Any) -> None:
-        """Call a method of a logger now; its error is a warning, as that of a row, and the run goes on."""
-        try:
+        """Have a method of a logger called once, after the rows that were sent before; its error is a warning. From any thread."""
+        trains = threading.current_thread() is threading.main_thread()
+        if self._owner == os.getpid():
+            box = self._box(logger)
+            (box.put if trains else box.add)((method, args, {}))
+        elif trains:  # else it is a save of a run that has failed, and whose loggers are closed
             getattr(logger, method)(*args)
-        except Exception as error:
-            if self._owner != os.getpid():
-                raise
-            self._box(logger).note(error)
 
     def settle(self) -> None:
         """Wait for those that answer promptly."""

@@ -23,8 +23,8 @@ class Logger(ABC):
     ``log_hyperparams``; the rest is optional.
 
     Attributes:
-        called_in_background: whether a Trainer may call ``log_metrics`` and ``save`` from a thread of its own, so that training never
-            waits for them. Set it to False in a class that can be called from the main thread only.
+        called_in_background: whether a Trainer may call ``log_metrics``, ``save`` and ``after_save_checkpoint`` from a thread of its own,
+            so that training never waits for them. Set it to False in a class that can be called from the main thread only.
 
     Example::
 

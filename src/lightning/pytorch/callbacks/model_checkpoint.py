@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -546,8 +546,10 @@ class ModelCheckpoint(Books, Checkpoint):
         return bool(target and _of_rank_0(trainer, trainer.is_global_zero and files.link(target, path)))
 
     def _notify(self, trainer: pl.Trainer) -> None:
+        """Tell the loggers, once the file is on the disk, of this callback as it is now: they hear of it from a thread of their own."""
         if trainer.is_global_zero:
-            trainer.tell_loggers("after_save_checkpoint", proxy(self))
+            tell = partial(trainer.tell_loggers, "after_save_checkpoint", copy(self))
+            trainer.strategy.checkpoint_io.after_saves(f"{self._last_checkpoint_saved}#{trainer.global_step}", tell)
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

@@ -38,10 +38,12 @@ class Logger(FabricLogger, ABC):
     """
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Called when a checkpoint was saved.
+        """Called once for each checkpoint that is on the disk, after the rows before it and, like them, by a thread in the background.
+
+        By then training may have gone on, and the file may have been replaced. An error is a warning, and the call is not repeated.
 
         Args:
-            checkpoint_callback: the callback that saved it.
+            checkpoint_callback: a copy of the callback that saved it, with paths and scores as they were then.
         """
 
     @property

@@ -478,14 +478,17 @@ class TrainerAttributes:
         self._metrics.send_row(values, step)
 
     def tell_loggers(self, method: str, *args: Any) -> None:
-        """Let a callback call a method of all loggers; an error of theirs is a warning.
+        """Let a callback have a method of all loggers called, by their threads, once; an error of theirs is a warning.
 
         Args:
             method: its name.
             args: its arguments.
         """
+        from lightning.pytorch.loggers.logger import Logger
+
         for logger in self._loggers:
-            self._metrics.delivery.tell(logger, method, *args)
+            if getattr(type(logger), method, None) is not getattr(Logger, method, None):  # which does nothing
+                self._metrics.delivery.tell(logger, method, *args)
 
     def flush_loggers(self, timeout: float = 30.0) -> bool:
         """Wait until the loggers have all rows that were sent to them, which they get from a thread in the background.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,39 @@ def test_a_validation_that_is_interrupted_begins_anew_with_the_same_random_numbe
     resumed, later, again = run("middle.ckpt", seed=99)
     assert later.of("val") == [(step, value) for step, value in rows.of("val") if step >= 3]
     assert again.validate_loop.seen == trainer.validate_loop.seen
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end"])
+def test_a_run_that_max_steps_has_ended_within_an_epoch_ends_as_it_did(make_trainer: Any, Rows: Any, hook: str) -> None:
+    class SaveAtTheEnd(Checkpoint):
+        def __init__(self) -> None:
+            setattr(self, hook, self._save)
+
+        def _save(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint("stopped.ckpt")
+                if ends:
+                    raise Interruption
+
+    def run(max_steps: int, ckpt_path: Any = None, seed: int = 1) -> Any:
+        seed_everything(seed, verbose=False)
+        model, rows = Model(), Rows()
+        callbacks = [SaveAtTheEnd()] if ckpt_path is None else []
+        trainer = make_trainer(max_epochs=9, max_steps=max_steps, logger=rows, callbacks=callbacks, enable_checkpointing=True)
+        with suppress(Interruption):
+            trainer.fit(model, *loaders(0), ckpt_path=ckpt_path)
+        return model, rows.rows, trainer
+
+    ends = False
+    whole, expected, trainer = run(7)
+    ends = True
+    first, before, _ = run(7)
+    resumed, after, again = run(7, "stopped.ckpt", seed=99)
+    assert before + after == expected
+    assert again.current_epoch == trainer.current_epoch == 2
+    assert first.ids + resumed.ids == whole.ids
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 
 
@@ -38,3 +39,67 @@ def test_another_window_of_accumulation_is_told_within_one(make_trainer: Any, nu
     fit(3, "2-1.ckpt")  # the window is over
     with pytest.warns(UserWarning, match=r"after 1 batches of a window of accumulate_grad_batches=2, and it is 3 now"):
         fit(3, "2-0.ckpt")
+
+
+def one(net: Net) -> Any:
+    return torch.optim.Adam(net.parameters(), lr=0.1)
+
+
+def two_groups(net: Net) -> Any:
+    return torch.optim.Adam([{"params": net.layers[0].parameters()}, {"params": net.layers[2].parameters()}], lr=0.1)
+
+
+def other_sizes(net: Net) -> Any:
+    return torch.optim.Adam([{"params": [*net.layers[0].parameters(), net.layers[2].weight]}, {"params": [net.layers[2].bias]}], lr=0.1)
+
+
+def other_order(net: Net) -> Any:
+    return torch.optim.Adam(reversed(list(net.parameters())), lr=0.1)
+
+
+def other_class(net: Net) -> Any:
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def scheduled(net: Net) -> Any:
+    optimizer = one(net)
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def otherwise_scheduled(net: Net) -> Any:
+    optimizer = one(net)
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        (one, two_groups, r"Adam \(number 0\): groups of \[4\] parameters, and `configure_optimizers` gives it \[2, 2\]"),
+        (two_groups, one, r"groups of \[2, 2\] parameters, and `configure_optimizers` gives it \[4\]"),
+        (two_groups, other_sizes, r"groups of \[2, 2\] parameters, and `configure_optimizers` gives it \[3, 1\]"),
+        (one, other_order, r"'layers.0.weight' in the place where `configure_optimizers` has 'layers.2.bias' now"),
+        (one, other_class, r"the optimizers \['Adam'\], and `configure_optimizers` returned \['SGD'\]"),
+        (one, scheduled, r"the learning rate schedulers \[\], and `configure_optimizers` returned \['StepLR'\]"),
+        (scheduled, otherwise_scheduled, r"schedulers \['StepLR'\], and `configure_optimizers` returned \['ExponentialLR'\]"),
+    ],
+)
+def test_another_optimizer_or_scheduler_is_refused(make_trainer: Any, numbers: Any, then: Any, now: Any, message: str) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Net(then), numbers(2))
+    trainer.save_checkpoint("then.ckpt")
+    with pytest.raises(MisconfigurationException, match=message + r".*Model.load_from_checkpoint"):
+        make_trainer(max_epochs=2).fit(Net(now), numbers(2), ckpt_path="then.ckpt")
+
+
+def test_another_model_is_refused_with_its_keys(make_trainer: Any, numbers: Any) -> None:
+    class Other(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(1, 1)
+            del self.layers[2]
+
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Net(), numbers(2))
+    trainer.save_checkpoint("then.ckpt")
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*head.weight.*Unexpected key.*layers.2.weight"):
+        make_trainer(max_epochs=2).fit(Other(), numbers(2), ckpt_path="then.ckpt")

@@ -48,6 +48,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         checkpoint["keraunos"]["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        checkpoint["keraunos"]["parameters"] = _parameter_names(trainer)
         checkpoint["keraunos"]["lr_schedulers"] = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         precision = strategy.precision
         state = precision.state_dict()
@@ -68,7 +69,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         batches = loop.progress.position()["batch_idx"]
         if loop.loader is not None and batches > 0:
             checkpoint["keraunos"]["data"] = describe(loop.loader, batches, trainer._data.replicas[0])
-        checkpoint["keraunos"]["processes"] = resume.states(trainer, names)
+        checkpoint["keraunos"]["processes"] = resume.states(trainer, names, checkpoint["callbacks"])
         checkpoint["keraunos"]["versions"] = [getattr(logger, "_version", None) for logger in trainer.loggers]
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.hparams:
@@ -143,6 +144,9 @@ def _restore_callbacks(trainer: Trainer, checkpoint: Checkpoint) -> None:
         rank_zero_warn(f"The checkpoint holds the state of callbacks that this trainer does not have: {missing}. Add them, or ignore this.")
     import copy
 
+    from lightning.pytorch import apart
+
+    states = {**states, **apart.found_in(trainer, checkpoint, "callbacks")}
     for callback in trainer.callbacks:
         state = states.get(callback.state_key)
         if state is not None:
@@ -170,16 +174,18 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     _compare("learning rate schedulers", names.get("lr_schedulers"), checkpoint["lr_schedulers"], schedulers)
     restore_progress(trainer, checkpoint)
     if strategy.lightning_restore_optimizer:
+        _compare_groups(trainer, checkpoint["optimizer_states"], names.get("parameters"))
         strategy.load_optimizer_state_dict(checkpoint)
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)
     state = checkpoint.get(type(strategy.precision).__qualname__)
     if state is not None:
         strategy.precision.load_state_dict(state)
-    from lightning.pytorch import window
+    from lightning.pytorch import apart, window
 
     own = trainer.fit_loop.resumed
     strategy.load_accumulated_gradients((own and own.get("gradients")) or names.get("gradients", {}))
+    apart.give_back(trainer, checkpoint)
     window.go_on(trainer, names.get("window"), bool(names.get("gradients")))
 
 
@@ -200,6 +206,39 @@ def _compare(what: str, saved: list[str] | None, states: list[Any], here: list[s
             f"The checkpoint was saved with the {what} {described}, and `configure_optimizers` returned {here}. "
             "Return the same ones to resume; to start anew from the weights, use `Model.load_from_checkpoint(path)`."
         )
+
+
+def _parameter_names(trainer: Trainer) -> list[list[list[str]]]:
+    """The names of the parameters in each group of each optimizer."""
+    module = trainer.strategy.lightning_module
+    assert module is not None
+    # A compiled part has the same parameters under longer names.
+    known = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
+    return [[[known.get(id(each), "") for each in group["params"]] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+
+
+def _compare_groups(trainer: Trainer, states: list[Any], saved_names: list[list[list[str]]] | None) -> None:
+    """Refuse to give the states of some parameters to others: optimizers know them by their numbers alone."""
+    names = _parameter_names(trainer)
+    for index, (optimizer, state) in enumerate(zip(trainer.optimizers, states)):
+        groups = state.get("param_groups") if isinstance(state, dict) else None
+        if groups is None or not all("params" in group for group in groups):
+            continue
+        saved, here = [len(group["params"]) for group in groups], [len(group["params"]) for group in optimizer.param_groups]
+        found = ""
+        if saved != here:
+            found = f"groups of {saved} parameters, and `configure_optimizers` gives it {here}"
+        elif saved_names is not None:
+            pairs = [pair for old, new in zip(saved_names[index], names[index]) for pair in zip(old, new)]
+            then, now = next(((a, b) for a, b in pairs if a != b and a and b), ("", ""))
+            if then:
+                found = f"{then!r} in the place where `configure_optimizers` has {now!r} now"
+        if found:
+            raise MisconfigurationException(
+                f"The checkpoint was saved with other parameters in the optimizer {type(optimizer).__name__} (number {index}): {found}. "
+                "Give it the same parameters in the same groups and order to resume; to start anew from the weights, use "
+                "`Model.load_from_checkpoint(path)`."
+            )
 
 
 def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:

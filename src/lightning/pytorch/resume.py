@@ -26,7 +26,7 @@ KEPT = ("value", "total", "host_total", "weight", "serial", "merged", "dtype")  
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def states(trainer: Trainer, gradients: Collection[str] = ()) -> list[State | None]:
+def states(trainer: Trainer, gradients: Collection[str] = (), callbacks: State | None = None) -> list[State | None]:
     """The state of every process, in the order of their ranks; all must call it.
 
     A process that fails can't ask the others, and has None in their places.
@@ -34,8 +34,12 @@ def states(trainer: Trainer, gradients: Collection[str] = ()) -> list[State | No
     Args:
         trainer: whose run.
         gradients: the names of the parameters whose gradients a step to come still uses.
+        callbacks: the states of the callbacks of this process.
     """
     strategy, own = trainer.strategy, _own_state(trainer)
+    from lightning.pytorch.apart import differences
+
+    own["apart"] = differences(trainer, callbacks or {})
     found = strategy.own_gradients() if gradients and strategy.world_size > 1 else {}
     own["gradients"] = {name: gradient for name, gradient in found.items() if name in gradients}
     return [own] if strategy.world_size == 1 else strategy.gather_objects(own)
@@ -183,7 +187,13 @@ def take_up(trainer: Trainer) -> None:
         loop.random_states = loop.resumed["random"]
         trainer._data.train_epoch, trainer._data.val_epoch = loop.resumed["loaded_in"]
     p = loop.progress
-    if p.next is not Next.EPOCH:
+    # A bound has ended the epoch in the middle, and still stands; with more steps the epoch goes on.
+    stays = p.next is Next.BATCH and p.batch_idx > 0 and not p.ending and loop.done()
+    is_over, p.stopping = stays and not p.stopping, False
+    if is_over:
+        p.next_epoch()
+        return
+    if p.next is not Next.EPOCH and not stays:
         return
     # Saved by a hook of the epoch's end: what follows these hooks is still to be done.
     loop.log_step = max(p.stepped - 1, 0)
@@ -192,7 +202,10 @@ def take_up(trainer: Trainer) -> None:
         if p.ending:
             loop.schedulers.step_plateau("epoch")
         metrics.end_epoch(loop.log_step)
-    p.start_anew()
+    if stays:
+        p.next_epoch()
+    else:
+        p.start_anew()
 
 
 def take_up_data(trainer: Trainer) -> None:

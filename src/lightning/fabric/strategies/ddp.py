@@ -224,6 +224,11 @@ class DDPStrategy(ParallelStrategy):
         size = self.world_size * sum(gradient.numel() * gradient.element_size() for gradient in found.values())
         return {name: gradient.cpu() for name, gradient in found.items()} if size <= MOST_OWN_GRADIENTS else {}
 
+    def own_buffers(self) -> dict[str, Tensor]:
+        broadcast = all(self._ddp_kwargs.get(name) is not False for name in ("broadcast_buffers", "forward_sync_buffers"))
+        ignored = getattr(self.module, IGNORED_BY_DDP, ())
+        return {name: buffer for name, buffer in super().own_buffers().items() if not broadcast or name in ignored}
+
     def engine_state(self) -> dict[str, Any]:
         """The order of the buckets, on which the rounding of sums over more than two processes depends."""
         if self.world_size < 3 or not isinstance(self.model, DistributedDataParallel):

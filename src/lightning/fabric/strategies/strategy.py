@@ -397,6 +397,16 @@ class Strategy(StrategyHooks):
         """What :meth:`accumulated_gradients` has averaged over all processes, as this one has it: on the CPU; none where nothing was."""
         return {}
 
+    def own_buffers(self) -> dict[str, Tensor]:
+        """The buffers in a checkpoint that nothing makes equal in all processes, by name, as this process has them."""
+        assert self.module is not None
+        found: dict[str, Tensor] = {}
+        for path, part in self.module.named_modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and name not in part._non_persistent_buffers_set and not hasattr(buffer, "device_mesh"):
+                    found[f"{path}.{name}" if path else name] = buffer
+        return found
+
     def engine_state(self) -> dict[str, Any]:
         """What the bits of the next steps depend on beside weights and optimizers; every process must call it."""
         return {}

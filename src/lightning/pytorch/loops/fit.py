@@ -162,7 +162,7 @@ class FitLoop:
         self.log_step = p.stepped - 1  # also where the epoch had no batch, or its last one was passed over
         # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
         p.next = Next.EPOCH if p.is_last or not self.done() else Next.BATCH
-        p.ending = p.next is Next.EPOCH
+        p.ending, p.stopping = p.next is Next.EPOCH, p.next is Next.BATCH
         metrics.close_epoch()
         hooks.on_train_epoch_end()
         metrics.reduce_epoch()  # what these hooks logged

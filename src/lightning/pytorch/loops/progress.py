@@ -31,6 +31,7 @@ class FitProgress:
         updates: whether that batch ends an accumulation window, so that an optimizer steps.
         ending: whether there is still to do what follows the hooks of a batch's end, or an epoch's: rows for the loggers, and steps of
             schedulers that watch a metric.
+        stopping: whether a bound or a stop has ended the epoch in the middle, and the hooks of its end are called.
         cut_off: the position in the epoch before, where that was ended in the middle; :meth:`position` is then there.
     """
 
@@ -44,9 +45,11 @@ class FitProgress:
     updates: bool = False
     ending: bool = False
     cut_off: dict[str, Any] | None = None
+    stopping: bool = False
 
     def next_epoch(self) -> None:
         """Move to the next epoch. Of one that a bound or a stop ended in the middle, the position is kept."""
+        self.stopping = False
         self.cut_off = self.position() if self.next is Next.BATCH else None
         self.epoch += 1
         self.batch_idx = 0
@@ -65,7 +68,7 @@ class FitProgress:
             self.epoch += 1
         self.batch_idx = 0
         self.next = Next.BATCH
-        self.ending = False
+        self.ending = self.stopping = False
         self.cut_off = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -163,21 +163,21 @@ class FitLoop:
         # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
         p.next = Next.EPOCH if p.is_last or not self.done() else Next.BATCH
         p.ending, p.stopping = p.next is Next.EPOCH, p.next is Next.BATCH
-        metrics.close_epoch()
+        self.close_epoch()
         hooks.on_train_epoch_end()
         metrics.reduce_epoch()  # what these hooks logged
         self.schedulers.step_plateau("epoch")
         p.ending = False
         hooks.on_train_epoch_end_checkpoints()
-        metrics.end_epoch(self.log_step)
+        self.end_epoch(self.log_step)
 
     def end_batch(self) -> None:
         """What follows the hooks of a batch's end."""
         p, metrics, stopping = self.progress, self.metrics, self.trainer.should_stop
         if p.stepped >= metrics.flush_at or (stopping and p.updates):
-            metrics.flush(p.stepped, self.log_step, stopping)  # the only device-to-host read
+            self.flush(p.stepped, self.log_step, stopping)  # the only device-to-host read
         if p.next is Next.VALIDATE:
-            self.validate()
+            self.run_validation()
             self.agree_on_stop()
         if p.updates:
             self.schedulers.step_plateau("step")
@@ -458,6 +458,9 @@ class FitLoop:
             self.val_clock = SharedClock()
         self.guards = bind.guards(trainer, self)
         self.waits = bind.waits(trainer)
+        self.run_validation = bind.profiled(trainer, self.validate, "run_validation")
+        steps = (self.metrics.flush, self.metrics.close_epoch, self.metrics.end_epoch)
+        self.flush, self.close_epoch, self.end_epoch = (bind.profiled(trainer, step, "log_metrics") for step in steps)
         self.bind_overrides()
 
     def bind_overrides(self) -> None:

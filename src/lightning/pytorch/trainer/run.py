@@ -155,6 +155,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
     if trainer._profiler is not None:
         rank = trainer.local_rank if trainer.world_size > 1 else None
         trainer._profiler.setup(stage=trainer.state.fn, local_rank=rank, log_dir=trainer.log_dir)
+        trainer._profiler._attach(trainer)
     prepare_data(trainer)
     heed(trainer)
     for logger in trainer.loggers:

@@ -76,7 +76,7 @@ class Trainer(TrainerAttributes):
         benchmark: ``torch.backends.cudnn.benchmark``; None leaves it, and turns it off with ``deterministic``.
         inference_mode: evaluate under ``torch.inference_mode`` (True) or ``torch.no_grad`` (False).
         use_distributed_sampler: give each process its part of the data.
-        profiler: ``"simple"``, a Profiler, or None.
+        profiler: ``"simple"``, ``"epoch"`` (where the time of each epoch went), a Profiler, or None.
         detect_anomaly: let autograd look for the operation that made a NaN; slow.
         barebones: leave out everything that costs time: logging, checkpoints, progress bar, summary, sanity check.
         plugins: a Precision, a CheckpointIO, or several plugins.

@@ -103,6 +103,14 @@ def test_validation_within_fit_is_measured_too(Evaluated: Any, make_trainer: Any
     assert spans.names.count("[_EvaluationLoop].val_next") == 1 + 2
 
 
+def test_validation_and_logging_are_spans_of_their_own(Evaluated: Any, make_trainer: Any, numbers: Any, Rows: Any) -> None:
+    spans = Spans()
+    make_trainer(profiler=spans, logger=Rows(), log_every_n_steps=2).fit(Evaluated(), numbers(4), numbers(1))
+    assert spans.names.count("run_validation") == 1
+    assert "run_validation" in spans.within["[_EvaluationLoop].val_next"]
+    assert spans.names.count("log_metrics") == 2 + 2  # two rows, and the end of the epoch's values
+
+
 def test_data_of_any_kind_is_the_same_with_a_profiler(Weight: Any, make_trainer: Any, numbers: Any, stream: Any) -> None:
     for loader in (numbers(3), stream(3), {"a": numbers(3)}):
 

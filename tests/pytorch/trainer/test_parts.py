@@ -190,7 +190,7 @@ def test_a_profiler_that_is_given_is_kept_unless_it_does_nothing() -> None:
 
 @pytest.mark.parametrize("given", ["gut feeling", 3, SimpleProfiler, Profiler, ["simple"]])
 def test_what_is_no_profiler_is_refused(given: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=r"profiler=.*: accepted are 'simple', an instance of Profiler, or None"):
+    with pytest.raises(MisconfigurationException, match=r"profiler=.*: accepted are 'simple', 'epoch', an instance of Profiler, or None"):
         made(profiler=given)
 
 

@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.pytorch.profilers.base import PassThroughProfiler
+    from lightning.pytorch.profilers.epoch import EpochTimes
     from lightning.pytorch.profilers.profiler import Profiler
     from lightning.pytorch.profilers.simple import SimpleProfiler
 
 _HOMES = {
+    "EpochTimes": "lightning.pytorch.profilers.epoch",
     "PassThroughProfiler": "lightning.pytorch.profilers.base",
     "Profiler": "lightning.pytorch.profilers.profiler",
     "SimpleProfiler": "lightning.pytorch.profilers.simple",
 }
 
-__all__ = ["PassThroughProfiler", "Profiler", "SimpleProfiler"]
+__all__ = ["EpochTimes", "PassThroughProfiler", "Profiler", "SimpleProfiler"]
 
 
 def __getattr__(name: str) -> Any:

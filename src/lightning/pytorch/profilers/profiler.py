@@ -8,8 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local_path
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,9 @@ class Profiler(ABC):
         self._stage = getattr(stage, "value", stage)
         self._local_rank = local_rank
         self.dirpath = self.dirpath or log_dir
+
+    def _attach(self, trainer: pl.Trainer) -> None:
+        """Get to know the trainer, after :meth:`setup`: for profilers of ours that ask it for more than actions."""
 
     def teardown(self, stage: str | None) -> None:
         """Release what :meth:`setup` took; ``stage`` is the one that ends."""

@@ -162,7 +162,11 @@ def profiler(given: Any) -> Any:
         from lightning.pytorch.profilers.simple import SimpleProfiler
 
         return SimpleProfiler()
-    raise MisconfigurationException(f"profiler={given!r}: accepted are 'simple', an instance of Profiler, or None.")
+    if isinstance(given, str) and given.lower() == "epoch":
+        from lightning.pytorch.profilers.epoch import EpochTimes
+
+        return EpochTimes()
+    raise MisconfigurationException(f"profiler={given!r}: accepted are 'simple', 'epoch', an instance of Profiler, or None.")
 
 
 def announce(runtime: Runtime) -> None:

@@ -169,7 +169,7 @@ def test_a_wait_counts_if_the_device_had_nothing_to_do(source: Any, monkeypatch:
     ("arguments", "each", "on_gpu", "cpus", "parts"),
     [
         ({}, 0.1, False, 8, ["num_workers=0", "up to the 8 CPUs", "persistent_workers=True"]),
-        ({}, 0.1, False, 1, ["num_workers=0", "With one CPU that gains little", "Slow's `__getitem__`"]),
+        ({}, 0.1, False, 1, ["num_workers=0", "one CPU, so that workers would gain little", "Slow's `__getitem__`"]),
         ({"num_workers": 2}, 0.1, True, 8, ["num_workers=2, of 8 CPUs", "give more", "persistent_workers=True", "pin_memory=True"]),
         ({"num_workers": 2, "persistent_workers": True}, 0.1, False, 2, ["num_workers=2 already, on 2 CPUs", "Slow's `__getitem__`"]),
         ({}, 0.0005, False, 8, ["num_workers=0", "0.50 ms", "larger batches"]),

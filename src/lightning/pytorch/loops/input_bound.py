@@ -53,18 +53,18 @@ def advice_for(loader: Any, each: float, on_gpu: bool, cpus: int) -> str:
     if each < QUICK:
         return (
             f"The {kind} (num_workers={workers}) gives a batch in {1000 * each:.2f} ms, which more workers would not make faster: take "
-            "larger batches, read several samples at once (`__getitems__`), or take batches from tensors that are there already."
+            "larger batches, read several samples at once (`__getitems__`), or cut batches out of tensors in memory."
         )
     hints = []
-    if workers == 0:
+    if workers == 0 and cpus == 1:
+        hints.append(f"The {kind} has num_workers=0, and this process one CPU, so that workers would gain little: make {costs}.")
+    elif workers == 0:
         hints.append(
             f"The {kind} has num_workers=0, so the training process makes each batch between two steps: give `num_workers`, up to the "
             f"{cpus} CPUs of this process, with `persistent_workers=True`."
         )
         if isinstance(loader.dataset, IterableDataset):
             hints.append("An IterableDataset must share its samples among them (`torch.utils.data.get_worker_info`).")
-        if cpus == 1:
-            hints.append(f"With one CPU that gains little: make {costs}.")
     elif workers < cpus:
         hints.append(f"The {kind} has num_workers={workers}, of {cpus} CPUs of this process: give more, or make {costs}.")
     else:

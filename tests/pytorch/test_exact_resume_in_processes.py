@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
@@ -76,6 +76,9 @@ class Stream(IterableDataset[float]):
 def loader_of(kind: str, rank: int) -> Any:
     if kind == "even":
         return DataLoader(torch.arange(10.0), batch_size=1, shuffle=True)  # type: ignore[arg-type]
+    if kind == "weighted":
+        numbers = torch.arange(10.0)
+        return DataLoader(numbers, batch_size=1, sampler=WeightedRandomSampler(numbers.tolist(), 10))  # type: ignore[arg-type]
     if kind == "uneven":
         return DataLoader(torch.arange(3.0 + 2 * rank), batch_size=1, shuffle=True)  # type: ignore[arg-type]
     return DataLoader(Stream(3 + 2 * rank), batch_size=1)
@@ -88,7 +91,7 @@ def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[
         trainer = Trainer(
             accelerator="cpu", devices=size, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=folder, enable_checkpointing=False, num_sanity_val_steps=0, uneven_inputs="join",
-            use_distributed_sampler=kind == "even", **settings, **more,
+            use_distributed_sampler=kind in ("even", "weighted"), **settings, **more,
         )  # fmt: skip
         val = DataLoader(torch.arange(4.0), batch_size=1)  # type: ignore[arg-type]
         trainer.fit(model, loader_of(kind, rank), val, ckpt_path=ckpt_path)
@@ -113,10 +116,11 @@ def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[
     [
         ("even", {"strategy": "ddp", "val_check_interval": 2}),
         ("even", {"strategy": "fsdp"}),
+        ("weighted", {"strategy": "ddp"}),
         ("uneven", {"strategy": "ddp"}),
         ("stream", {"strategy": "ddp"}),
     ],
-    ids=["ddp", "fsdp", "uneven lengths", "streams of unknown length"],
+    ids=["ddp", "fsdp", "weighted samples", "uneven lengths", "streams of unknown length"],
 )
 def test_two_processes_go_on_exactly_from_everywhere(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     for wrong, count in run(fit_and_resume, 2, str(tmp_path), kind, settings):

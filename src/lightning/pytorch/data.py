@@ -97,11 +97,20 @@ class TrainLoader:
         if self.rest_from is not None:  # whoever goes on from it shares out the samples that are left
             return None
         if batches is None:
-            return {"between": [part.state_dict(over=True) for part in self.parts]}
+            # Side by side, loaders that are at their end together are not all asked for more.
+            reads_on = self.side_by_side is None
+            return {"between": [part.state_dict(over=True, reads_on=reads_on) for part in self.parts]}
+        own = batches if self.lockstep is None else self.lockstep.own(batches)
         if self.side_by_side is None:
-            own = batches if self.lockstep is None else self.lockstep.own(batches)
             return {"within": self.parts[0].state_dict(own), "batches": batches}
-        return {"side_by_side": self.side_by_side.state_dict()} if self.length_is_exact else None
+        state = self.side_by_side.state_after(own)
+        if state is None:
+            rank_zero_warn(
+                "One of the training loaders has begun anew in the batches that were fetched ahead, so the checkpoint, which is saved in "
+                "a step, can't tell where it is: who goes on from it draws the order of this epoch anew, and some samples may come twice."
+            )
+            return None
+        return {"side_by_side": state, "batches": batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass begin where :meth:`state_dict` was called; warns of what is not as it was then."""
@@ -114,6 +123,8 @@ class TrainLoader:
                 self.lockstep.start = state["batches"]
         elif "side_by_side" in state and self.side_by_side is not None:
             self.side_by_side.load_state_dict(state["side_by_side"])
+            if self.lockstep is not None:
+                self.lockstep.start = state["batches"]
         else:
             rank_zero_warn("The checkpoint was saved with another number of training loaders: the data do not go on where they were.")
 

@@ -21,6 +21,7 @@ Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 Build = Callable[[Iterable[Any]], Any]
 
 _INF = float("inf")
+_PLACES = 5  # of the last batches: as many as a ResumableLoader may have given that don't count, and one more
 _LENGTHS: dict[str, Callable[[list[int | float]], int | float]] = {
     "min_size": lambda lengths: min(lengths, default=0),
     "max_size_cycle": lambda lengths: max(lengths, default=0) if all(lengths) else 0,  # nothing to fill in for an empty one
@@ -185,10 +186,15 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
                 )
         self._iterator = None  # frees the workers of the iteration before, unless somebody still uses it
         self._limits_in_use = self._limits
-        if self._loaded is None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
             self._progress = _Progress.fresh(len(self._flattened))
-        self._loaded = None
         progress = self._progress
+        progress.note()
+        if loaded is not None and loaded.get("over"):
+            progress.ended = True
+            self._iterator = iter(())
+            return self._iterator
         limits = [_INF] * len(self._flattened) if self._limits is None else self._limits
         passes = [_Pass(loader, limit, cursor) for loader, limit, cursor in zip(self._flattened, limits, progress.cursors)]
         if self._mode == "sequential":
@@ -217,10 +223,51 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         if not stateful:
             return {}
         sizes = self._sizes(self._limits_in_use)
-        restarts = [hasattr(loader, "passes_over") for loader in self._flattened]  # as a ResumableLoader does
-        progress = self._progress.settled(sizes, self._mode == "sequential", _LENGTHS[self._mode](sizes), restarts)
-        states = [self._flattened[place].state_dict() if progress.cursors[place].live else None for place in stateful]
+        rewinds = [_rewinds(loader) for loader in self._flattened]
+        progress = self._progress.settled(sizes, self._mode == "sequential", _LENGTHS[self._mode](sizes), rewinds)
+        states: list[Any] = []
+        for place in stateful:
+            loader, cursor = self._flattened[place], progress.cursors[place]
+            if rewinds[place] and (not cursor.live or (cursor.passes > 0 and self._mode != "max_size_cycle")):
+                states.append(loader.state_dict(over=True, reads_on=False))
+            else:
+                states.append(loader.state_dict() if cursor.live else None)
         return {"loaders": states, **progress.state_dict()}
+
+    def state_after(self, batches: int) -> dict[str, Any] | None:
+        """The state after some of this pass's batches, of which a few more may have been taken already: for side by side modes.
+
+        Each iterable must be a :class:`~lightning.fabric.utilities.loader_state.ResumableLoader`. A pass that is over with these
+        batches stays over: the next ``iter`` gives nothing.
+
+        Args:
+            batches: how many count.
+
+        Returns:
+            what :meth:`load_state_dict` takes.
+            None where an iterable began a new pass in the batches that don't count, and not with their first.
+        """
+        if self._loaded is not None:
+            return self._loaded
+        progress, over = self._progress, {"over": True, "dataloader_idx": 0, "batch_idx": batches}
+        if progress.ended and batches >= progress.places[-1][0]:
+            ends = [loader.state_dict(over=True, reads_on=False) for loader in self._flattened]
+            return {**over, "loaders": ends, "cursors": _Progress.fresh(len(ends)).state_dict()["cursors"]}
+        places = [place for rows, place in progress.places if rows >= batches]
+        if not places or progress.places[-len(places)][0] != batches:
+            raise ValueError(f"state_after({batches}): of this pass {[rows for rows, _ in progress.places]} batches can be told apart.")
+        states, cursors = [], []
+        following = places[1] if len(places) > 1 else places[0]
+        for loader, now, (given, passes, starts), (_, _, then) in zip(self._flattened, progress.cursors, places[0], following):
+            if passes > 0 and self._mode != "max_size_cycle":
+                states.append(loader.state_dict(over=True, reads_on=False))
+            elif now.starts not in (starts, min(then, starts + 1)):
+                return None  # another pass was begun meanwhile, but not with the first batch that doesn't count, or one more
+            else:
+                passes, given = (passes, given) if now.starts == starts else (passes + 1, 0)
+                states.append(loader.state_dict(given))
+            cursors.append([given, passes, True])
+        return {"batch_idx": batches, "dataloader_idx": 0, "loaders": states, "cursors": cursors}
 
     def load_state_dict(self, state_dict: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Let the next ``iter`` continue with the batch after the last one, under its ``batch_idx``.
@@ -258,6 +305,11 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_iterator": None}  # a running iteration stays in its process
+
+
+def _rewinds(loader: Any) -> bool:
+    """Whether a loader tells its place after any batch, as a ResumableLoader does."""
+    return hasattr(loader, "passes_over")
 
 
 def _whole(limit: Any) -> int | float:
@@ -333,47 +385,61 @@ class _Cursor:
         batches: taken since it was last started.
         passes: how often it was read to its end, or its limit.
         live: whether its own state says where it is: it was started, and then not left half-way.
+
+    Attributes:
+        starts: how often it was started here.
     """
 
-    __slots__ = ("batches", "live", "passes")
+    __slots__ = ("batches", "live", "passes", "starts")
 
     def __init__(self, batches: int = 0, passes: int = 0, live: bool = False) -> None:
         self.batches = batches
         self.passes = passes
         self.live = live
+        self.starts = 0
 
 
 class _Progress:
-    """The place in all iterables: the next ``batch_idx``, the iterable that is being read one after the other, each cursor."""
+    """The place in all iterables: the next ``batch_idx``, the iterable that is being read one after the other, each cursor.
 
-    __slots__ = ("batch_idx", "cursors", "dataloader_idx")
+    Attributes:
+        places: side by side, the last ``batch_idx``, and for each the batches, passes and starts of the cursors then.
+        ended: whether this pass was found to have no more.
+    """
+
+    __slots__ = ("batch_idx", "cursors", "dataloader_idx", "ended", "places")
 
     def __init__(self, batch_idx: int, dataloader_idx: int, cursors: list[_Cursor]) -> None:
         self.batch_idx = batch_idx
         self.dataloader_idx = dataloader_idx
         self.cursors = cursors
+        self.places: deque[tuple[int, list[tuple[int, int, int]]]] = deque(maxlen=_PLACES)
+        self.ended = False
 
     @classmethod
     def fresh(cls, size: int) -> _Progress:
         return cls(0, 0, [_Cursor() for _ in range(size)])
 
+    def note(self) -> None:
+        self.places.append((self.batch_idx, [(cursor.batches, cursor.passes, cursor.starts) for cursor in self.cursors]))
+
     def restart(self) -> None:
+        self.ended = True
         self.batch_idx = self.dataloader_idx = 0
         for cursor in self.cursors:
             cursor.live = cursor.live and cursor.batches == 0
             cursor.batches = cursor.passes = 0
 
-    def settled(self, sizes: list[int | float], sequential: bool, total: int | float, restarts: list[bool]) -> _Progress:
+    def settled(self, sizes: list[int | float], sequential: bool, total: int | float, rewinds: list[bool]) -> _Progress:
         """The same place, where what gave its last batch is over, though nobody has asked it for one more.
 
-        The state of one that ``restarts`` lets it begin its next pass; another would be at its end.
+        One that ``rewinds`` goes on even from there; the state of another would let its next pass be at its end.
         """
         left = sum(sizes[self.dataloader_idx :]) if sequential else total
         if 0 < self.batch_idx >= left:
             return _Progress.fresh(len(self.cursors))
-        over = [0 < cursor.batches >= size for cursor, size in zip(self.cursors, sizes)]
-        each = zip(self.cursors, over, restarts)
-        cursors = [_Cursor(0, c.passes + 1, c.live and again) if is_over else c for c, is_over, again in each]
+        each = zip(self.cursors, sizes, rewinds)
+        cursors = [_Cursor(0, c.passes + 1) if 0 < c.batches >= size and not again else c for c, size, again in each]
         return _Progress(self.batch_idx, self.dataloader_idx, cursors)
 
     def state_dict(self) -> dict[str, Any]:
@@ -402,6 +468,7 @@ class _Pass:
         """The batches from the cursor on; the cursor follows if ``tracked``."""
         done = self.cursor.batches
         self.cursor.live = True
+        self.cursor.starts += 1
         iterator = iter(self.loader)
         if done and not self.stateful:
             deque(islice(iterator, done), maxlen=0)
@@ -430,6 +497,8 @@ def _side_by_side(mode: str, passes: list[_Pass], progress: _Progress, build: Bu
         rows = zip(*iterators) if mode == "min_size" else zip_longest(*iterators)
     first = progress.batch_idx
     if tracked:
+        progress.places.clear()
+        progress.note()
         rows = _count_rows(rows, progress)
     return zip(map(build, rows), count(first), repeat(0))
 
@@ -437,6 +506,7 @@ def _side_by_side(mode: str, passes: list[_Pass], progress: _Progress, build: Bu
 def _count_rows(rows: Iterator[Any], progress: _Progress) -> Iterator[Any]:
     for row in rows:
         progress.batch_idx += 1
+        progress.note()
         yield row
     progress.restart()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from lightning.fabric.utilities.loader_state.randomness import is_stateful
 from lightning.fabric.utilities.loader_state.workers import Snapshot, unpacked
@@ -16,7 +16,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.seed import collect_rng_states
 
 State = dict[str, Any]
-AHEAD = 3  # how many batches may have been fetched that do not count as used: the loop's look-ahead, and the batch of the moment
+# How many batches may have been fetched that do not count as used: the loop's look-ahead, that of processes in lockstep, the batch of the
+# moment, and one for which there was none of another loader.
+AHEAD = 4
 
 
 class Cursor:
@@ -115,12 +117,7 @@ class Batches:
 
 def stateful_samplers(loader: Any) -> list[Any]:
     """The samplers of a loader that can tell and take their state, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    found: list[Any] = []
-    for each in (batch_sampler, getattr(batch_sampler, "sampler", None), getattr(loader, "sampler", None)):
-        if each is not None and is_stateful(each) and not any(each is other for other in found):
-            found.append(each)
-    return found
+    return [each for each in _samplers(loader) if is_stateful(each)]
 
 
 def sampler_states(loader: Any) -> list[Any]:
@@ -142,16 +139,32 @@ def load_samplers(loader: Any, states: list[Any]) -> None:
 
 
 def shuffle_seed(loader: Any) -> int | None:
-    """The seed from which torch's DistributedSampler shuffles; None for other samplers."""
-    sampler = getattr(loader, "sampler", None)
-    return sampler.seed if type(sampler) is DistributedSampler else None
+    """The seed from which a distributed sampler shuffles, or lets the sampler within it draw; None for other samplers."""
+    sampler = _distributed_sampler(loader)
+    return None if sampler is None else getattr(sampler, "seed", None)
 
 
 def set_shuffle_seed(loader: Any, seed: int | None) -> None:
     """Shuffle as the interrupted run did, whatever seed this one was given."""
-    sampler = getattr(loader, "sampler", None)
-    if seed is not None and type(sampler) is DistributedSampler:
+    sampler = _distributed_sampler(loader)
+    if seed is not None and sampler is not None and getattr(sampler, "seed", None) != seed:
         sampler.seed = seed
+
+
+def _distributed_sampler(loader: Any) -> Any:
+    """torch's or one derived from it, such as those that share out what another sampler gives."""
+    return next((each for each in _samplers(loader) if isinstance(each, DistributedSampler)), None)
+
+
+def _samplers(loader: Any) -> list[Any]:
+    """The samplers of a loader from the outermost to that which is wrapped by others, each once."""
+    found: list[Any] = []
+    for each in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+        while each is not None and not any(each is other for other in found):
+            found.append(each)
+            wrapped = getattr(each, "dataset", None) if isinstance(each, DistributedSampler) else getattr(each, "sampler", None)
+            each = wrapped if isinstance(wrapped, (Sampler, Iterable)) and not isinstance(wrapped, Dataset) else None
+    return found
 
 
 def digest_of_rng(states: State | None = None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, MapDataPipe
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.loader_state.common import Batches, Cursor, State
 from lightning.fabric.utilities.loader_state.map_style import MapStyle
 from lightning.fabric.utilities.loader_state.randomness import is_stateful
@@ -91,12 +92,14 @@ class ResumableLoader:
             if isinstance(loader, DataLoader):
                 loader._iterator = None
 
-    def state_dict(self, batches: int | None = None, over: bool = False) -> State:
+    def state_dict(self, batches: int | None = None, over: bool = False, reads_on: bool = True) -> State:
         """Where the loader is, as tensors and plain data.
 
         Args:
-            batches: how many batches of this pass are used; None for all that were given. Up to three fewer, where a loop fetches ahead.
+            batches: how many batches of this pass are used; None for all that were given. Up to four fewer, where a loop fetches ahead.
             over: whether this pass counts as over, though it may have been left before its end: the next ``iter`` begins a new one.
+            reads_on: whether the loop is going to ask for a batch after the last one, as a ``for`` loop does; it matters to samplers that
+                draw random numbers at their end.
 
         Raises:
             ValueError: if ``batches`` is more than were given, or much less.
@@ -104,7 +107,8 @@ class ResumableLoader:
         if self.pending is not None:
             return self.pending
         if over or self.cursor is None or (batches is None and self.cursor.over):
-            state = self.source.state_between()
+            at_end = reads_on and self.cursor is not None and self.cursor.given == sized_len(self.loader)
+            state = self.source.state_between(at_end)
         else:
             state = self.source.state(self.cursor, self.cursor.given if batches is None else batches)
         return {"kind": self.source.kind, "loader": self.source.describe(), **state}

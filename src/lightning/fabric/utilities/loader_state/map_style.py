@@ -197,10 +197,14 @@ class MapStyle:
             "born": self.born if self.persistent and not self.born_now else None,
         }
 
-    def state_between(self) -> State:
-        """What the next pass depends on, after this one."""
-        if self.indices.drawn and self.indices.drawn == sized_len(self.indices.inner):
-            self.indices.reach_end()  # the loop is about to ask for more than there is, which moves a sampler's generator on
+    def state_between(self, at_end: bool) -> State:
+        """What the next pass depends on, after this one.
+
+        Args:
+            at_end: whether the loop is about to ask for more than there is, which moves a sampler's generator on.
+        """
+        if at_end:
+            self.indices.reach_end()
         return {
             "batches": None,
             "generators": states_of(self._generators()),

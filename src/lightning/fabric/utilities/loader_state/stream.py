@@ -67,6 +67,7 @@ class Stream:
         self.watched: Watched | None = None
         self.cursor: Cursor | None = None
         self.loaded_end = False  # whether the owner was given the state at the end of a pass
+        self.workers_stayed = False  # whether those of the interrupted run go on into the next pass
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 
@@ -74,7 +75,12 @@ class Stream:
         """A whole pass."""
         cursor = Cursor(self._start())
         if not self.loaded_end:
-            return self._batches(self._iterate(), cursor)
+            batches = self._batches(self._iterate(), cursor)
+            stayed, self.workers_stayed = self.workers_stayed, False
+            if stayed or (carried is not None and carried.get("workers_stay")):  # which got their seeds in an earlier pass, not in this one
+                set_rng_states(cursor.start["rng"])
+                set_states(self._generators(), cursor.start["generators"])
+            return batches
         # Some begin anew from such a state, others find that nothing is left of their pass, and begin the next one after that.
         self.loaded_end = False
         batches = self._batches(self._iterate(), cursor)
@@ -98,6 +104,7 @@ class Stream:
             set_states(generators, state["generators"])
             set_rng_states(kept)
             self._load_end(state["owner"])
+            self.workers_stayed = state.get("workers_stay", False)
             cursor.over = True
             return self._batches(iter(()), cursor)
         position = self._position_of(state)
@@ -190,9 +197,10 @@ class Stream:
             "owned": self.owner is not None,
             "owner": copy.deepcopy(self.owner.state_dict()) if self.owner is not None and ahead == 0 else None,
             "rng": digest_of_rng(before[0]["rng"] if before else None),
+            "workers_stay": self._workers_stay,
         }
 
-    def state_between(self) -> State:
+    def state_between(self, at_end: bool) -> State:
         """What the next pass depends on, after this one."""
         owned = self.owner is not None and self._is_over(self.cursor)  # else the state is that of a place that nobody goes back to
         return {
@@ -200,6 +208,7 @@ class Stream:
             "generators": states_of(self._generators()),
             "samplers": [] if self.owner is self.loader else sampler_states(self.loader),
             "owner": copy.deepcopy(self.owner.state_dict()) if owned else None,
+            "workers_stay": self._workers_stay,
         }
 
     def load_between(self, state: State) -> None:
@@ -217,6 +226,10 @@ class Stream:
         rng = collect_rng_states(include_cuda=False)
         samplers = [] if self.owner is self.loader else sampler_states(self.loader)
         return {"rng": rng, "generators": states_of(self._generators()), "samplers": samplers}
+
+    @property
+    def _workers_stay(self) -> bool:
+        return self.workers_stayed or (self.owner is None and getattr(self.loader, "_iterator", None) is not None)
 
     def _generators(self) -> list[Any]:
         return generators_within(self._roots)

@@ -77,6 +77,24 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(make_trainer: Any) ->
     assert os.listdir("logs") == ["version_0"]
 
 
+def test_trainer_with_auto_resume_goes_on_where_no_path_is_given(make_trainer: Any) -> None:
+    def fit(kill_at: int = 0, **arguments: Any) -> Any:
+        seed_everything(7, verbose=False)
+        saver = ModelCheckpoint("files", every_n_train_steps=2)
+        trainer = make_trainer(callbacks=[KillAt(kill_at), saver], enable_checkpointing=True, auto_resume=True, max_epochs=1)
+        with contextlib.suppress(Killed):
+            trainer.fit(Model(), DataLoader(torch.arange(6.0), batch_size=1), **arguments)  # type: ignore[arg-type]
+        return trainer
+
+    assert fit(kill_at=3).ckpt_path is None
+    assert os.path.basename(fit(kill_at=3).ckpt_path) == "epoch=0-step=2.ckpt"
+    with pytest.warns(UserWarning, match="is not empty"), pytest.raises(FileNotFoundError, match="not found"):
+        fit(ckpt_path="other.ckpt")  # a path that is given is taken
+    trainer = fit()
+    assert os.path.basename(trainer.ckpt_path) == "epoch=0-step=4.ckpt"
+    assert trainer.global_step == 6
+
+
 def test_a_run_that_was_through_is_not_trained_again(make_trainer: Any) -> None:
     start(make_trainer)
     trainer, model = start(make_trainer)

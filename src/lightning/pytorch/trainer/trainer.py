@@ -88,6 +88,7 @@ class Trainer(TrainerAttributes):
         uneven_inputs: what happens if processes have different numbers of training batches. ``"error"``: an error in all of them.
             ``"shortest"``: an epoch ends with the first that runs out. ``"join"``: it ends with the last; the others keep in step with
             a batch that counts nothing.
+        auto_resume: let ``fit`` without a ``ckpt_path`` do what ``fit(ckpt_path="auto")`` does: start the run, or go on with it.
         async_checkpointing: copy each checkpoint to the memory of the host, and write it while training goes on; the same as
             ``plugins=[AsyncCheckpointIO()]``. An error of such a save is raised after the next batch, and ``fit`` returns when the last
             one is on the disk.
@@ -160,6 +161,7 @@ class Trainer(TrainerAttributes):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
         uneven_inputs: Literal["error", "shortest", "join"] = "error",
+        auto_resume: bool = False,
         async_checkpointing: bool = False,
         on_save_error: Literal["raise", "retry"] = "raise",
         on_nonfinite: Literal["error", "warn", "skip"] | None = None,
@@ -248,6 +250,8 @@ class Trainer(TrainerAttributes):
             on_train_end
             on_fit_end, teardown
         """
+        if ckpt_path is None and self._config.auto_resume:
+            ckpt_path = "auto"
         if self._launches:
             return launch(self, self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         module = checks.check_model(model, "fit")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +153,23 @@ def test_cpu_has_no_known_peak() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert get_available_flops(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "cores", "peak"),
+    [("TPU", "v4", 1, 275), ("TPU", "v3", 2, 61.5), ("TPU", "v5litepod", 1, 197), ("CPU", "", 1, None)],
+)
+def test_peak_of_a_tpu(platform: str, kind: str, cores: int, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tpu = SimpleNamespace(get_tpu_type=lambda: kind, num_logical_cores_per_chip=lambda: cores)
+    runtime = SimpleNamespace(device_type=lambda: platform)
+    for name, module in {
+        "torch_xla": SimpleNamespace(runtime=runtime),
+        "torch_xla.runtime": runtime,
+        "torch_xla._internal": SimpleNamespace(tpu=tpu),
+        "torch_xla._internal.tpu": tpu,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert get_available_flops(torch.device("xla"), torch.bfloat16) == (None if peak is None else peak * 1e12)
 
 
 class FabricStandIn:

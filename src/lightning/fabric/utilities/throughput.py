@@ -255,17 +255,21 @@ _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("mi300x", (163.4, 163.4, 653.7, 1307.4, 1307.4, 2614.9)),
 )
 _COLUMNS = {"float64": 0, "float32": 1, "tf32": 2, "float16": 3, "bfloat16": 4, "int8": 5}
+# Of a chip with bfloat16 operands, which float32 ones become unless a higher precision is asked for.
+_TPU_PEAKS = {"v2": 45, "v3": 123, "v4": 275, "v5litepod": 197, "v5e": 197, "v5p": 459, "v6e": 918}
 _SLOWER_VERSIONS = {"laptop", "mobile", "max"}  # "Max-Q"
 
 
 def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int | None:
-    """The peak of a GPU in operations per second, by its maker; None if it is not known.
+    """The peak of a GPU or TPU in operations per second, by its maker; None if it is not known.
 
     Args:
-        device: a CUDA (or ROCm) device.
+        device: a CUDA (or ROCm) or XLA device.
         dtype: of the operands, such as ``torch.bfloat16`` or ``"int8"``; float32 counts as TF32 where
             ``torch.set_float32_matmul_precision`` allows that.
     """
+    if device.type == "xla":
+        return _available_flops_of_a_tpu()
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -282,6 +286,20 @@ def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int |
         rank_zero_warn(f"The peak of {name!r} for {dtype} is not known, so there is no `mfu`; pass `available_flops` yourself.")
         return None
     return int(peak * 1e12)
+
+
+def _available_flops_of_a_tpu() -> int | None:
+    from torch_xla import runtime
+    from torch_xla._internal import tpu
+
+    if runtime.device_type() != "TPU":
+        return None
+    kind = tpu.get_tpu_type()
+    peak = _TPU_PEAKS.get(kind.lower())
+    if peak is None:
+        rank_zero_warn(f"The peak of a TPU {kind!r} is not known, so there is no `mfu`; pass `available_flops` yourself.")
+        return None
+    return int(peak * 1e12 / tpu.num_logical_cores_per_chip())  # each of which is a device
 
 
 def compute_dtype(precision: Any) -> torch.dtype:

@@ -51,6 +51,13 @@ def before_validation(trainer: Trainer) -> State:
     return {"random": collect_rng_states(), "validation": trainer._data.validation_state(), "seen": seen}
 
 
+def before_stop(trainer: Trainer) -> State:
+    """What an epoch has logged that is ended in the middle: the hooks of its end, and that end itself, empty it."""
+    import copy
+
+    return copy.deepcopy(_metrics_state(trainer))
+
+
 def _own_state(trainer: Trainer) -> State:
     loop = trainer.fit_loop
     now = loop.before_validation or before_validation(trainer)
@@ -60,6 +67,7 @@ def _own_state(trainer: Trainer) -> State:
         "training": _training_data(trainer),
         "loaded_in": (trainer._data.train_epoch, trainer._data.val_epoch),
         "metrics": _metrics_state(trainer),
+        "before_stop": loop.before_stop,
     }
 
 
@@ -159,6 +167,7 @@ def _resharded(saved: list[State | None], rank: int) -> State | None:
         "validation": [],
         "random": None if mine is None else mine["random"],
         "gradients": {},
+        "before_stop": None,
     }
 
 
@@ -182,13 +191,14 @@ def _merged(key: Any, saved: list[State | None]) -> State | None:
 def take_up(trainer: Trainer) -> None:
     """Do what a resumed run does before its data are asked for; nothing in a run that starts afresh."""
     loop, metrics = trainer.fit_loop, trainer._metrics
-    if loop.resumed is not None:
-        _load_metrics(trainer, loop.resumed["metrics"])
-        loop.random_states = loop.resumed["random"]
-        trainer._data.train_epoch, trainer._data.val_epoch = loop.resumed["loaded_in"]
     p = loop.progress
     # A bound has ended the epoch in the middle, and still stands; with more steps the epoch goes on.
     stays = p.next is Next.BATCH and p.batch_idx > 0 and not p.ending and loop.done()
+    if loop.resumed is not None:
+        within = None if stays else loop.resumed.get("before_stop")
+        _load_metrics(trainer, within or loop.resumed["metrics"])
+        loop.random_states = loop.resumed["random"]
+        trainer._data.train_epoch, trainer._data.val_epoch = loop.resumed["loaded_in"]
     is_over, p.stopping = stays and not p.stopping, False
     if is_over:
         p.next_epoch()

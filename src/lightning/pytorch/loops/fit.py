@@ -72,6 +72,7 @@ class FitLoop:
         self.rows_due = False  # whether the checkpoint was saved before the rows of its last batch were sent
         self.random_states: Any = None  # of the checkpoint, for where its run went on
         self.before_validation: Any = None  # what a validation that is saved half-way begins anew from
+        self.before_stop: Any = None  # what the epoch has logged that was ended in the middle, should a later run go on with it
         self.outputs: Any = None
         self.weight = 1.0  # what the current batch counts, where processes have different numbers of them
         self.told_of_minimum = False
@@ -163,10 +164,15 @@ class FitLoop:
         # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
         p.next = Next.EPOCH if p.is_last or not self.done() else Next.BATCH
         p.ending, p.stopping = p.next is Next.EPOCH, p.next is Next.BATCH
+        if p.stopping:
+            from lightning.pytorch.resume import before_stop
+
+            self.before_stop = before_stop(trainer)
         self.close_epoch()
         hooks.on_train_epoch_end()
         metrics.reduce_epoch()  # what these hooks logged
-        self.schedulers.step_plateau("epoch")
+        if p.ending:  # else the epoch is not over
+            self.schedulers.step_plateau("epoch")
         p.ending = False
         hooks.on_train_epoch_end_checkpoints()
         self.end_epoch(self.log_step)
@@ -437,7 +443,7 @@ class FitLoop:
         self.hooks, self.metrics = trainer._hooks, trainer._metrics
         self.metrics.progress = self.progress
         self.progress.start_anew()
-        self.resumed = self.resumed_position = self.random_states = self.before_validation = None
+        self.resumed = self.resumed_position = self.random_states = self.before_validation = self.before_stop = None
         self.rows_due = self.runs_backward = False
         self.gathered = 0
         self.spent.clear()

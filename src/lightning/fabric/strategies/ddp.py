@@ -159,9 +159,9 @@ class DDPStrategy(ParallelStrategy):
 
     def bind(self, name: str) -> Callable[..., Any]:
         """The step function ``name`` of the module. Training runs through DDP's forward; evaluation needs no other process."""
-        step = getattr(self.module, name)
+        step = self.method(name)
         if name != "training_step" or not isinstance(self.model, DistributedDataParallel):
-            return step  # type: ignore[no-any-return]
+            return step
         # In manual optimization backward runs within the step, and says so itself through `pre_backward`.
         self._prepares_backward = not getattr(self.module, "automatic_optimization", True)
         return through_ddp(self.model, step, prepares_backward=self._prepares_backward)

@@ -408,13 +408,21 @@ class DeepSpeedStrategy(SavesDirectories):
 
     def bind(self, name: str) -> Callable[..., Any]:
         """The step function ``name`` of the module, inside of the engine's forward pass where that has something to do."""
-        step: Callable[..., Any] = getattr(self.module, name)
+        step = self.method(name)
         if not (name == "training_step" or self.zero_stage_3):
             return step
         step = self.as_forward(self.model, step)
         known = "train_micro_batch_size_per_gpu" in self.config or "train_batch_size" in self.config
         counts = name == "training_step" and self.logging_batch_size_per_gpu == "auto" and not known
         return self._running.counting(step) if counts else step
+
+    def compile_with(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None) -> None:
+        if compiler is not None and self.zero_stage_3:
+            raise ValueError(
+                "ZeRO stage 3 gathers weights in hooks of each module, which can't be compiled with the step. Use stage 1 or 2, FSDP, or "
+                "leave out `compile`."
+            )
+        super().compile_with(compiler)
 
     def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method``, which computes with a module, in place of the engine's forward pass, if the module is an engine."""

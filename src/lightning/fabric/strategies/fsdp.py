@@ -306,7 +306,7 @@ class FSDPStrategy(ShardedStrategy):
             RuntimeError: if the module was built on the meta device, and some of its tensors never got a value.
         """
         assert self.module is not None
-        step: Callable[..., Any] = getattr(self.module, name)
+        step = self.method(name)
         manual = name == "training_step" and not getattr(self.module, "automatic_optimization", True)
         return self._entering(self.module, step, manual)
 

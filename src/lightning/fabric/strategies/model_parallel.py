@@ -272,7 +272,7 @@ class ModelParallelStrategy(ShardedStrategy):
                 "Give the modules that hold them a method `reset_parameters` that does, or load a checkpoint."
             )
         assert self.module is not None
-        step = self.as_forward(self.module, getattr(self.module, name))
+        step = self.as_forward(self.module, self.method(name))
         return step if self.sizes()[1] == 1 else replicas.compares_first_batch(step, name, self.device_mesh[TENSOR].get_group())
 
     def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -91,6 +91,19 @@ class ShardedStrategy(ParallelStrategy):
             # The scaler tells a fused optimizer of an overflow by a tensor, and torch lets the CPU read it before its copy has arrived.
             # With this, torch 2.13's `GradScaler.step` decides by itself.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """The step function ``name`` of the module.
+
+        Where that was asked for, what is compiled is each divided part by itself, between the hooks that gather its weights; the step as a
+        whole where there are no such parts.
+        """
+        assert self.module is not None
+        units = [] if self.compiler is None else parts_of(self.module)
+        for unit in units:
+            if not isinstance(vars(unit).get("forward"), _CompiledForward):
+                self._handles.append(_CompiledForward(unit, self.compiler))
+        return getattr(self.module, name) if units else super().method(name)
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
@@ -237,6 +250,36 @@ class ShardedStrategy(ParallelStrategy):
         given = state or {}
         checkpoint = self._read(path, weights_only, [name for name, value in given.items() if isinstance(value, (Module, Optimizer))])
         return restore(self, checkpoint, given, strict) if given else checkpoint
+
+
+def parts_of(module: Module) -> list[Module]:
+    """The modules inside of a divided one whose weights are gathered by themselves."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]
+
+
+class _CompiledForward:
+    """Takes the place of a module's ``forward``, until it is removed.
+
+    Args:
+        module: whose.
+        compiler: makes a compiled function of it.
+    """
+
+    def __init__(self, module: Module, compiler: Any) -> None:
+        self.module, self.before = module, vars(module).get("forward")
+        self.compiled = compiler(module.forward)
+        vars(module)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        vars(self.module).pop("forward", None)
+        if self.before is not None:
+            vars(self.module)["forward"] = self.before
 
 
 def _is_mixed(group: Mapping[str, Any]) -> bool:

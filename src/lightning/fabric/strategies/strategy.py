@@ -40,6 +40,8 @@ class Strategy(StrategyHooks):
     is_distributed = False  # whether there may be other processes to talk to
     has_inference_mode = True  # whether tensors of its devices can be made in `torch.inference_mode`
     forward_is_collective = False  # whether a forward pass needs every process, as where weights are sharded
+    compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None  # what makes a compiled function of a step
+    _compiled: dict[str, Callable[..., Any]]  # steps, by name
     before_gathering: Callable[[Tensor, bool], None] | None = None  # looks at what is gathered from, or reduced over, all processes
     restore_checkpoint_after_setup = False  # whether weights are restored after module and optimizers were set up, not before
 
@@ -212,7 +214,27 @@ class Strategy(StrategyHooks):
 
     def bind(self, name: str) -> Callable[..., Any]:
         """The step function ``name`` of the module, to be called as it runs under this strategy."""
-        return getattr(self.model, name)  # type: ignore[no-any-return]
+        return self.method(name)
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """The step function ``name`` of the module as its author wrote it, or compiled where that was asked for."""
+        step: Callable[..., Any] = getattr(self.module, name)
+        if self.compiler is None:
+            return step
+        if name not in self._compiled:
+            self._compiled[name] = self.compiler(step)
+        return self._compiled[name]
+
+    def compile_with(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None) -> None:
+        """Compile the steps of the module that is set up next, inside of whatever the strategy wraps it in.
+
+        Args:
+            compiler: makes a compiled function of one, as ``torch.compile`` does; None to compile nothing any more.
+
+        Raises:
+            ValueError: if the strategy can't.
+        """
+        self.compiler, self._compiled = compiler, {}
 
     def as_forward(self, module: Module, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method``, which computes with a module, as it runs in place of that module's forward pass.

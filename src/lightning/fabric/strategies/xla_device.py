@@ -34,6 +34,11 @@ class XLADeviceStrategy(Strategy):
             self._seed = torch.initial_seed()
             torch_xla.manual_seed(self._seed % 2**63, str(self.root_device))
 
+    def compile_with(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None) -> None:
+        if compiler is not None:
+            raise ValueError("XLA compiles each step by itself: leave out `compile`.")
+        super().compile_with(compiler)
+
     def module_to_device(self, module: Module) -> None:
         """Move the module; weights that layers share stay shared."""
         move_module(module, self.root_device)

@@ -296,6 +296,10 @@ def guards(trainer: Trainer, loop: FitLoop) -> list[Any]:
         from lightning.pytorch.loops.finite import FiniteWatch
 
         found.append(FiniteWatch(trainer, loop, config.on_nonfinite))
+    if config.gc_interval is not None:
+        from lightning.pytorch.loops.garbage import GarbageSchedule
+
+        found.append(GarbageSchedule(config.gc_interval))
     return found
 
 

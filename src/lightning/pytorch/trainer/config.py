@@ -70,6 +70,14 @@ class TrainerConfig:
     uneven_inputs: str
     on_nonfinite: str | None
     on_out_of_memory: str
+    compile: dict[str, Any] | None
+    gc_interval: int | None
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """Keywords of ``torch.compile``; None where it is not asked for."""
+        given = self.compile
+        return None if given is None or given == {"step": True} else {name: value for name, value in given.items() if name != "step"}
 
 
 def refuse_barebones_conflicts(given: dict[str, Any]) -> None:
@@ -294,6 +302,24 @@ def _on_out_of_memory(name: str, value: Any) -> str:
     return str(value)
 
 
+COMPILE_NAMES = {"default": {}, "step": {"step": True}}
+COMPILE_OPTIONS = ("step", "fullgraph", "dynamic", "backend", "mode", "options")
+
+
+def _compile(name: str, value: Any) -> dict[str, Any] | None:
+    """``step``, and keywords of ``torch.compile``; None for neither."""
+    if value is None or value is False:
+        return None
+    if isinstance(value, str) and value in COMPILE_NAMES:
+        return dict(COMPILE_NAMES[value])
+    if isinstance(value, dict) and set(value) <= set(COMPILE_OPTIONS) and isinstance(value.get("step", False), bool):
+        return dict(value)
+    raise MisconfigurationException(
+        f"{name}={value!r}: accepted are 'default' (torch.compile), 'step' (the whole step as a CUDA graph), a dict of keywords of "
+        f"torch.compile and `step` ({', '.join(COMPILE_OPTIONS)}), or None."
+    )
+
+
 def _root_dir(name: str, value: Any) -> str:
     if value is None:
         return os.getcwd()
@@ -328,6 +354,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "default_root_dir": _root_dir,
     "uneven_inputs": _uneven,
     "on_save_error": _on_save_error,
+    "compile": _compile,
+    "gc_interval": partial(_count, lowest=1, none=True),
     "on_nonfinite": _on_nonfinite,
     "on_out_of_memory": _on_out_of_memory,
 }

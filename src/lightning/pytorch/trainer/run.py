@@ -68,8 +68,12 @@ def running(
         trainer._goes_on = ckpt_path == "auto" and path is not None
         if trainer._goes_on:
             go_on_logging(trainer, path)
-        set_up(trainer, path, weights_only)
         with ExitStack() as contexts:
+            if (options := trainer._config.compile_options) is not None:
+                from lightning.pytorch.loops.compiling import compiled_steps
+
+                contexts.enter_context(compiled_steps(trainer, options))
+            set_up(trainer, path, weights_only)
             if trainer._config.detect_anomaly:
                 contexts.enter_context(torch.autograd.set_detect_anomaly(True))
             contexts.enter_context(boundaries(trainer))

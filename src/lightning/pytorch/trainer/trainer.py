@@ -102,6 +102,11 @@ class Trainer(TrainerAttributes):
         on_out_of_memory: what happens when forward or backward of a training batch needs more memory than there is. ``"raise"``: the
             error, with the phase, the batch and the largest tensors named. ``"split_batch"``: the batch is run again in halves, quarters
             and so on, with the gradients of the whole. See docs/numerics.md.
+        compile: ``"default"``: compile the steps of the module by ``torch.compile``, inside of what the strategy wraps it in; state dicts
+            keep their keys, and ``self.log`` gives what it gives in eager mode. ``"step"``: on CUDA, replay the whole training step as one
+            CUDA graph. A dict: keywords of ``torch.compile``, and ``step=True`` for both. See docs/compile.md.
+        gc_interval: collect Python's garbage every so many training batches, between two of them, and never in the middle of one: for
+            steady steps, and for many processes that would otherwise wait for one another's collections. None: when Python does it.
 
     Raises:
         MisconfigurationException: for a value, or a combination, that is not accepted.
@@ -166,6 +171,8 @@ class Trainer(TrainerAttributes):
         on_save_error: Literal["raise", "retry"] = "raise",
         on_nonfinite: Literal["error", "warn", "skip"] | None = None,
         on_out_of_memory: Literal["raise", "split_batch"] = "raise",
+        compile: Union[bool, str, dict[str, Any]] | None = None,
+        gc_interval: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._config = config = build_config(given)

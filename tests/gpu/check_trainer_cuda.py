@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import torch
-from trainer_checks import devices, parity, running_ahead, speed
+from trainer_checks import devices, parity, running_ahead, seeing, speed
 from trainer_checks.common import Outcome, Place, print_table, run_check
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     place = Place(torch.device(args.device))
     if place.is_cuda:
         torch.cuda.set_device(place.device)
-    found = [*devices.checks(place), *parity.checks(place), *running_ahead.checks(place), *speed.checks(place, args.upstream)]
+    found = [*devices.checks(place), *parity.checks(place), *running_ahead.checks(place), *seeing.checks(place)]
+    found += speed.checks(place, args.upstream)
     outcomes: list[Outcome] = []
     for name, function in found:
         if re.search(args.only, name):

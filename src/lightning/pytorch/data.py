@@ -103,14 +103,7 @@ class TrainLoader:
         own = batches if self.lockstep is None else self.lockstep.own(batches)
         if self.side_by_side is None:
             return {"within": self.parts[0].state_dict(own), "batches": batches}
-        state = self.side_by_side.state_after(own)
-        if state is None:
-            rank_zero_warn(
-                "One of the training loaders has begun anew in the batches that were fetched ahead, so the checkpoint, which is saved in "
-                "a step, can't tell where it is: who goes on from it draws the order of this epoch anew, and some samples may come twice."
-            )
-            return None
-        return {"side_by_side": state, "batches": batches}
+        return {"side_by_side": self.side_by_side.state_after(own), "batches": batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass begin where :meth:`state_dict` was called; warns of what is not as it was then."""

@@ -234,7 +234,7 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
                 states.append(loader.state_dict() if cursor.live else None)
         return {"loaders": states, **progress.state_dict()}
 
-    def state_after(self, batches: int) -> dict[str, Any] | None:
+    def state_after(self, batches: int) -> dict[str, Any]:
         """The state after some of this pass's batches, of which a few more may have been taken already: for side by side modes.
 
         Each iterable must be a :class:`~lightning.fabric.utilities.loader_state.ResumableLoader`. A pass that is over with these
@@ -244,8 +244,8 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
             batches: how many count.
 
         Returns:
-            what :meth:`load_state_dict` takes.
-            None where an iterable began a new pass in the batches that don't count, and not with their first.
+            what :meth:`load_state_dict` takes. With a warning that of a new pass of an iterable which began one in the batches that don't
+            count, and not with their first.
         """
         if self._loaded is not None:
             return self._loaded
@@ -262,7 +262,9 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
             if passes > 0 and self._mode != "max_size_cycle":
                 states.append(loader.state_dict(over=True, reads_on=False))
             elif now.starts not in (starts, min(then, starts + 1)):
-                return None  # another pass was begun meanwhile, but not with the first batch that doesn't count, or one more
+                _warn_of_new_pass(loader)
+                states.append(loader.state_dict(over=True, reads_on=False))
+                passes, given = passes + 1, 0
             else:
                 passes, given = (passes, given) if now.starts == starts else (passes + 1, 0)
                 states.append(loader.state_dict(given))
@@ -310,6 +312,14 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
 def _rewinds(loader: Any) -> bool:
     """Whether a loader tells its place after any batch, as a ResumableLoader does."""
     return hasattr(loader, "passes_over")
+
+
+def _warn_of_new_pass(loader: Any) -> None:
+    rank_zero_warn(
+        f"A training loader, a {type(loader.loader).__name__}, began anew in the batches that were fetched ahead, after some of those that "
+        "this checkpoint leaves to the resumed run: there it begins anew at once, so that a few of its samples are left out, and the order "
+        "is another. The other loaders go on where they were. The checkpoints of the next batches, and of the end of the epoch, are exact."
+    )
 
 
 def _whole(limit: Any) -> int | float:

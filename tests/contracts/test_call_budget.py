@@ -33,7 +33,7 @@ ONE_LOG_WITH_EPOCH = 4  # each more, the first one infers the batch's size
 VALIDATION = 6
 VALIDATION_LOG = 4  # each more
 PREDICTION = 5
-STREAM = 7  # of an iterator over predictions
+STREAM = 10  # of an iterator over predictions
 
 
 class Model(LightningModule):

@@ -310,6 +310,11 @@ class Entry:
         """Whether anything was logged since the last reset."""
         return self.on_epoch and self.weight > 0
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing at all was logged since the last reset."""
+        return self.value is None and self.weight == 0 and self.source is None
+
     def epoch_value(self) -> Any:
         """The reduction over all that was logged since the last reset: a tensor where it is, or a number."""
         if self.source is not None:

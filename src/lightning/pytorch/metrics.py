@@ -406,8 +406,15 @@ class Metrics:
             self.send(values, step)
         self.settle()
         self.settle_bar()
+        self.forget_unused()
         self.reset(self.entries or {})
         self.epoch_ended = False
+
+    def forget_unused(self) -> None:
+        """Drop the entries of names that were not logged in this epoch, so that no later step looks at them."""
+        entries = self.entries or {}
+        for key in [key for key, entry in entries.items() if entry.is_unused]:
+            del entries[key]
 
     @staticmethod
     def reset(entries: Entries) -> None:

@@ -64,6 +64,13 @@ class Books:
             self.last_model_path = ""
 
 
+def in_one_storage(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same scores, of which a file then holds one record, not as many as there are checkpoints."""
+    if len({(type(score), getattr(score, "dtype", None), getattr(score, "shape", None)) for score in scores.values()}) != 1:
+        return scores
+    return dict(zip(scores, torch.stack(list(scores.values())).unbind()))
+
+
 def on_cpu(score: Any) -> Any:
     """A copy on the host: the device's tensor goes on changing, and a checkpoint's scores must load anywhere."""
     return score.detach().cpu().clone() if isinstance(score, Tensor) else score

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.callbacks import checkpoint_files as files
 from lightning.pytorch.callbacks import checkpoint_names as names
 from lightning.pytorch.callbacks.checkpoint import Checkpoint
-from lightning.pytorch.callbacks.checkpoint_books import BOOKS, Books, on_cpu
+from lightning.pytorch.callbacks.checkpoint_books import BOOKS, Books, in_one_storage, on_cpu
 from lightning.pytorch.callbacks.checkpoint_schedule import Schedule, refuse
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.finite import looked_at, nonfinite_at_start, nonfinite_part
@@ -344,7 +344,8 @@ class ModelCheckpoint(Books, Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on after a restart: scores and paths."""
-        return {"monitor": self.monitor, "dirpath": self.dirpath, **{name: getattr(self, name) for name in BOOKS}}
+        books = {name: getattr(self, name) for name in BOOKS}
+        return {"monitor": self.monitor, "dirpath": self.dirpath, **books, "best_k_models": in_one_storage(self.best_k_models)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned; under another ``dirpath`` only with the path of the best checkpoint.

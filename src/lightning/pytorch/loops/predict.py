@@ -68,13 +68,12 @@ class PredictionLoop:
 
     def stream(self) -> Iterator[Any]:
         """Run through all loaders once, and give what ``predict_step`` returned for each batch, on the CPU, keeping nothing."""
-        trainer, outputs = self.trainer, self.outputs()
-        signals = trainer._signals
+        outputs, evaluating, signals = self.outputs(), no_gradients(self.trainer), self.trainer._signals
         assert signals is not None
         self.return_predictions, self.streams = False, True
         try:
             while True:
-                with no_gradients(trainer):  # not while the caller has its turn
+                with evaluating:  # not while the caller has its turn
                     try:
                         box = [next(outputs)]
                     except StopIteration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def resume_everywhere(rank: int, size: int, folder: str, options: dict[str, Any]
     import os
 
     os.chdir(folder)
+    warnings.filterwarnings("ignore", "FSDPStrategy was given no auto_wrap_policy")
     settings = {"strategy": strategy}
     whole = weights_after(None, size, [SaveAfterEachBatch()], settings, **options)
     wrong = []
@@ -125,3 +127,7 @@ def resume_everywhere(rank: int, size: int, folder: str, options: dict[str, Any]
 @pytest.mark.parametrize("options", [{"toggles": True, "syncs": False}, {"zeroes_late": True}], ids=str)
 def test_two_processes_go_on_with_the_gradients_of_their_own(tmp_path: Path, options: dict[str, Any]) -> None:
     assert run(resume_everywhere, 2, str(tmp_path), options, "ddp_find_unused_parameters_true", timeout=200) == [[], []]
+
+
+def test_two_processes_with_divided_weights_go_on_within_a_window(tmp_path: Path) -> None:
+    assert run(resume_everywhere, 2, str(tmp_path), {"toggles": False}, "fsdp", timeout=200) == [[], []]

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
+    ThroughputMonitor,
     Timer,
     TQDMProgressBar,
 )
@@ -83,6 +84,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "rich": lambda: {"enable_progress_bar": True, "callbacks": [RichProgressBar(), Timer("00:01:00:00")]},
     "accumulation": lambda: {"callbacks": [GradientAccumulationScheduler({0: 2})]},
     "clipping, bfloat16 and a profiler": lambda: {"precision": "bf16-mixed", "gradient_clip_val": 1.0, "profiler": "simple"},
+    "times": lambda: {"logger": CSVLogger("logs"), "callbacks": [ThroughputMonitor(len, torch.numel)], "profiler": "epoch"},
 }
 
 

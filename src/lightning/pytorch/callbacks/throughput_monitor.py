@@ -79,6 +79,10 @@ class ThroughputMonitor(Callback):
         self._goes_on = False  # whether the next training does, from these totals
         self._evaluated = 0  # batches of this evaluation, or of all validation in fit
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made during a run is for another one, and events can't be copied.
+        return {**vars(self), "_runs": {}}
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,10 @@ class EpochTimes(Profiler):
         self._device: _Device | None = None
         self._unsaid: deque[_Epoch] = deque()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made during a run is for another one, and events can't be copied.
+        return {**vars(self), "_trainer": None, "_device": None, "_open": [], "_unsaid": deque()}
+
     def _attach(self, trainer: pl.Trainer) -> None:
         """Get to know the trainer, before its run."""
         self._trainer = trainer
@@ -100,15 +106,28 @@ class EpochTimes(Profiler):
 
     def stop(self, action_name: str) -> None:
         """Go on counting for what the action ran within."""
-        if not self._open:
-            return
-        if self._device is not None and action_name == STEP:
+        if self._device is not None and action_name == STEP and self._open:
             self._device.end()
-        now = time.perf_counter()
-        self._seconds[self._open.pop()] += now - self._since
-        self._since = now
+        self._leave()
         if action_name == EPOCH:
-            self._end_epoch(now - self._began)
+            self._end_epoch(self._since - self._began)
+
+    @contextmanager
+    def profile(self, action_name: str) -> Generator[str, None, None]:
+        """Measure the body of a ``with`` statement; an epoch that fails has no times, and its device is not asked."""
+        self.start(action_name)
+        try:
+            yield action_name
+        except BaseException:
+            self._leave()
+            raise
+        self.stop(action_name)
+
+    def _leave(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open.pop()] += now - self._since
+        self._since = now
 
     def summary(self) -> str:
         """The lines of all epochs, for a file."""

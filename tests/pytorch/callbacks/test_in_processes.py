@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelSummary,
     OnExceptionCheckpoint,
+    ThroughputMonitor,
     Timer,
     TQDMProgressBar,
 )
@@ -371,3 +372,15 @@ def test_rank_0_writes_for_all(tmp_path: Path) -> None:
     for text in ("step 0", "Epoch 0", "Test metric"):
         assert text in first[2]
     assert second[2] == ""
+
+
+def watched(rank: int, size: int) -> list[Any]:
+    rows = Rows()
+    trainer = joined(logger=rows, log_every_n_steps=1, callbacks=[ThroughputMonitor(len, window_size=2)], profiler="epoch")
+    trainer.fit(Evaluated(), numbers(8), numbers(2))
+    (last,) = [row for _, row in rows.rows if row.get("train/batches") == 4]
+    return [last["train/samples"], last["train/batches_per_sec"] / last["train/device/batches_per_sec"], len(trainer.profiler.times)]
+
+
+def test_throughput_is_that_of_all_processes() -> None:
+    assert run(watched, 2) == [[4, pytest.approx(2.0), 1]] * 2

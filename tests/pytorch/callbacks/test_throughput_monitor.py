@@ -233,7 +233,7 @@ def test_rows_are_ready_when_the_device_has_come_so_far_and_nobody_waits() -> No
     rows = []
     for _ in range(10):
         run.update(2, None, None)
-        rows.append(run.row("", {}))
+        rows.append(run.row({}))
     assert not any(row.ready() for row in rows)
     clock.reached = 4
     assert [row.ready() for row in rows] == [True] * 4 + [False] * 6

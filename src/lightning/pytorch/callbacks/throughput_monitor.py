@@ -74,14 +74,15 @@ class ThroughputMonitor(Callback):
         self.length_fn = length_fn
         self.available_flops: float | None = kwargs.get("available_flops")
         self._peak_is_known = "available_flops" in kwargs
-        self._runs: dict[RunningStage, _Run] = {}
+        self._training: _Run | None = None
+        self._evaluation: _Run | None = None
         self._totals: dict[str, Any] = {}  # of training, while none runs
         self._goes_on = False  # whether the next training does, from these totals
         self._evaluated = 0  # batches of this evaluation, or of all validation in fit
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made during a run is for another one, and events can't be copied.
-        return {**vars(self), "_runs": {}}
+        return {**vars(self), "_training": None, "_evaluation": None}
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -90,20 +91,21 @@ class ThroughputMonitor(Callback):
         totals = self._totals if self._goes_on else {}
         self._goes_on = False
         self._evaluated = totals.get("validated", 0)
-        self._start(trainer, RunningStage.TRAINING, totals)
+        self._training = self._start(trainer, RunningStage.TRAINING, totals)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
         """Count the batch; log if loggers get a row now."""
-        if not trainer.loggers:
+        run = self._training
+        if run is None or not trainer.loggers:
             return
-        self._update(trainer, pl_module, RunningStage.TRAINING, batch)
+        self._update(trainer, pl_module, run, batch)
         if trainer.log_due and trainer.fit_loop.progress.updates:
-            self._log(trainer, RunningStage.TRAINING, trainer.log_step)
+            self._log(trainer, run, trainer.log_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the totals alone."""
         self._totals = self.state_dict()
-        self._runs.clear()
+        self._training = None
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -117,12 +119,12 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """Count the batch; log if it is due."""
         if not trainer.sanity_checking:
-            self._evaluate(trainer, pl_module, RunningStage.VALIDATING, batch)
+            self._evaluate(trainer, pl_module, batch)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let the clock of training go on from here."""
-        if RunningStage.TRAINING in self._runs and not trainer.sanity_checking:
-            self._runs[RunningStage.TRAINING].pause()
+        if self._training is not None and not trainer.sanity_checking:
+            self._training.pause()
 
     def on_test_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Start the clock."""
@@ -130,7 +132,7 @@ class ThroughputMonitor(Callback):
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any) -> None:
         """Count the batch; log if it is due."""
-        self._evaluate(trainer, pl_module, RunningStage.TESTING, batch)
+        self._evaluate(trainer, pl_module, batch)
 
     def on_predict_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Start the clock."""
@@ -140,37 +142,43 @@ class ThroughputMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         """Count the batch; log if it is due."""
-        self._evaluate(trainer, pl_module, RunningStage.PREDICTING, batch)
+        self._evaluate(trainer, pl_module, batch)
 
     def _start_evaluation(self, trainer: pl.Trainer, stage: RunningStage) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             self._evaluated = 0
-        self._start(trainer, stage, {})
+        self._evaluation = self._start(trainer, stage, {})
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: RunningStage, batch: Any) -> None:
-        if not trainer.loggers:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        run = self._evaluation
+        if run is None or not trainer.loggers:
             return
-        self._update(trainer, pl_module, stage, batch)
+        self._update(trainer, pl_module, run, batch)
         self._evaluated += 1
         if trainer.log_every_n_steps and self._evaluated % trainer.log_every_n_steps == 0:
-            self._log(trainer, stage, self._evaluated)
+            self._log(trainer, run, self._evaluated)
 
     # ---- any stage --------------------------------------------------------------------------------------------------
 
-    def _start(self, trainer: pl.Trainer, stage: RunningStage, totals: dict[str, Any]) -> None:
+    def _start(self, trainer: pl.Trainer, stage: RunningStage, totals: dict[str, Any]) -> _Run:
         throughput = Throughput(**{"world_size": trainer.world_size, **self.kwargs})
         device = trainer.strategy.root_device
-        self._runs[stage] = _Run(_DeviceClock(device) if device.type == "cuda" else _HostClock(), throughput, totals)
+        clock = _DeviceClock(device) if device.type == "cuda" else _HostClock()
+        return _Run(clock, throughput, totals, f"{stage.value}{self._separator}", stage is RunningStage.TRAINING)
 
-    def _update(self, trainer: pl.Trainer, module: pl.LightningModule, stage: RunningStage, batch: Any) -> None:
-        run = self._runs[stage]
-        samples = _number(self.batch_size_fn(batch), "batch_size_fn", "samples")
-        lengths = None if self.length_fn is None else _number(self.length_fn(batch), "length_fn", "items")
-        if run.batches == 0 and lengths is not None:
-            _warn_of_one_sample(batch, samples, lengths)
+    def _update(self, trainer: pl.Trainer, module: pl.LightningModule, run: _Run, batch: Any) -> None:
+        samples, lengths = self.batch_size_fn(batch), None
+        if type(samples) is not int:
+            samples = _number(samples, "batch_size_fn", "samples")
+        if self.length_fn is not None:
+            lengths = self.length_fn(batch)
+            if type(lengths) is not int:
+                lengths = _number(lengths, "length_fn", "items")
+            if run.batches == 0:
+                _warn_of_one_sample(batch, samples, lengths)
         flops = getattr(module, "flops_per_batch", None)
         if flops is not None:
-            if stage is not RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING and not _is_computed(module):
+            if not run.trains and trainer.state.fn == TrainerFn.FITTING and not _is_computed(module):
                 flops = None
             elif not self._peak_is_known:
                 self._peak_is_known = True
@@ -178,16 +186,14 @@ class ThroughputMonitor(Callback):
             run.throughput.available_flops = self.available_flops
         run.update(samples, lengths, flops)
 
-    def _log(self, trainer: pl.Trainer, stage: RunningStage, step: int) -> None:
-        extra = {"epoch": trainer.current_epoch} if stage is RunningStage.TRAINING else {}
-        trainer.send_to_loggers(self._runs[stage].row(f"{stage.value}{self._separator}", extra), step)
+    def _log(self, trainer: pl.Trainer, run: _Run, step: int) -> None:
+        trainer.send_to_loggers(run.row({"epoch": trainer.current_epoch} if run.trains else {}), step)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of training; waits until the device has done what they count."""
-        run = self._runs.get(RunningStage.TRAINING)
-        return dict(self._totals) if run is None else {**run.totals(), "validated": self._evaluated}
+        return dict(self._totals) if self._training is None else {**self._training.totals(), "validated": self._evaluated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training go on from these totals."""
@@ -249,9 +255,13 @@ class _Run:
         clock: sets marks, and knows the seconds between two of them once the device has reached both.
         throughput: gets the updates, in their order.
         totals: of the run before, which this one goes on from.
+        prefix: of the names in rows.
+        trains: whether this is training.
     """
 
-    def __init__(self, clock: _HostClock, throughput: Throughput, totals: dict[str, Any]) -> None:
+    def __init__(self, clock: _HostClock, throughput: Throughput, totals: dict[str, Any], prefix: str = "", trains: bool = False) -> None:
+        self.prefix = prefix
+        self.trains = trains
         self.clock = clock
         self.throughput = throughput
         self.batches: int = totals.get("batches", 0)
@@ -289,9 +299,9 @@ class _Run:
         """Leave out the time since the last update."""
         self._waiting.append((self.clock.mark(), None))
 
-    def row(self, prefix: str, extra: dict[str, Any]) -> _Row:
+    def row(self, extra: dict[str, Any]) -> _Row:
         """What is known at this point, once the device has reached it."""
-        row = _Row(self, prefix, extra, self._waiting[-1][0] if self._waiting else self._begin)
+        row = _Row(self, extra, self._waiting[-1][0] if self._waiting else self._begin)
         self._waiting.append(row)
         return row
 
@@ -329,15 +339,14 @@ class _Run:
 class _Row:
     """A row for the loggers that is known when the device has come so far."""
 
-    def __init__(self, run: _Run, prefix: str, extra: dict[str, Any], mark: Any) -> None:
+    def __init__(self, run: _Run, extra: dict[str, Any], mark: Any) -> None:
         self._run = run
-        self._prefix = prefix
         self._extra = extra
         self._mark = mark
         self._values: dict[str, float] | None = None
 
     def take(self, values: dict[str, float]) -> None:
-        self._values = {f"{self._prefix}{name}": value for name, value in values.items()} | self._extra
+        self._values = {f"{self._run.prefix}{name}": value for name, value in values.items()} | self._extra
 
     def ready(self) -> bool:
         return self._values is not None or self._run.clock.done(self._mark)
@@ -350,8 +359,6 @@ class _Row:
 
 
 def _number(value: Any, name: str, what: str) -> int:
-    if type(value) is int:
-        return value
     if isinstance(value, Tensor) and value.device.type != "cpu":
         raise TypeError(
             f"`ThroughputMonitor({name}=...)` returned a tensor on {value.device}, which could be read only by waiting for the device at "

@@ -84,9 +84,13 @@ format: $(VENV)/.installed-dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev ## measure what a step and the import cost
+bench: $(VENV)/.installed-dev ## measure what steps, epochs, start-up and the import cost, in time and in memory
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/import_cost.py
+	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/epoch_turn.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean: ## remove what runs and tools left behind; .venv stays
 	rm -rf build dist demo_runs lightning_logs .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -302,6 +302,61 @@ def test_skipped_update_counts_for_schedulers_and_steps() -> None:
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**4)
 
 
+class WithStatistics(Net):
+    """Keeps what its buffers were after each batch; ``mean`` is a new tensor each time, ``table`` none of a step's business."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("table", torch.arange(3))
+        self.copies: list[dict[str, Tensor]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.mean = 0.9 * self.mean + 0.1 * batch.mean().sqrt()
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.copies.append({name: buffer.clone() for name, buffer in self.named_buffers()})
+
+
+class ByHand(WithStatistics):
+    """Two updates in a step, of which the second one alone is spoiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        for part in (batch.abs(), batch):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(part, batch_idx))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_skipped_update_leaves_no_trace_in_running_statistics(accumulate: int) -> None:
+    module = WithStatistics()
+    told(module, data(negative=(2,)), "skip", accumulate_grad_batches=accumulate)
+    left_out = [index for index in range(6) if index // accumulate == 2 // accumulate]
+    before, after = left_out[0] - 1, left_out[-1]
+    expected = module.copies[before] if before >= 0 else dict(WithStatistics().named_buffers())
+    assert all(torch.equal(value, module.copies[after][name]) for name, value in expected.items())
+    assert all(torch.isfinite(value).all() for value in module.copies[-1].values())
+    assert module.net["norm"].num_batches_tracked == 6 - len(left_out)
+
+
+def test_skipped_update_of_several_in_a_step_keeps_the_statistics_of_the_others() -> None:
+    module, plain = ByHand(), WithStatistics()
+    batches = data(3, negative=(1,))
+    told(module, batches, "skip")
+    quiet().fit(plain, given([batches[0], batches[0], batches[1].abs(), batches[2], batches[2]]))
+    norm, expected = module.net["norm"], plain.net["norm"]
+    assert torch.equal(norm.running_mean, expected.running_mean)
+    assert torch.equal(norm.running_var, expected.running_var)
+    assert torch.equal(module.mean, plain.mean)
+
+
 def test_skipped_window_takes_all_its_batches_with_it() -> None:
     module = Checking(after=INF)
     module.bad_steps = {2}

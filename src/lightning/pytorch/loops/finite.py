@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning.fabric.precision import MixedPrecision
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.replay import RandomStates
+from lightning.pytorch.loops.replay import Buffers, RandomStates
 
 if TYPE_CHECKING:
     from lightning.pytorch.loops.fit import FitLoop
@@ -101,6 +101,9 @@ class FiniteWatch:
         self.arriving: list[tuple[list[Update], Tensor, Any]] = []
         self.counts = {"loss": 0, "gradient": 0, "scale": 0}
         self.names: dict[Tensor, str] = {}
+        self.automatic = automatic
+        # What the batches of an update that is left out did to running statistics is undone.
+        self.buffers = Buffers(trainer.lightning_module.modules(), statistics_only=True) if policy == "skip" else None
         self.check_policy()
 
     def check_policy(self) -> None:
@@ -127,7 +130,9 @@ class FiniteWatch:
 
     def wrap(self, loop: FitLoop) -> None:
         """Take part in the steps of a loop whose functions were just bound."""
-        if self.trainer.lightning_module.automatic_optimization and not self.deferred:
+        if self.buffers is not None:
+            loop.training_step = self.keeping(loop.training_step, self.buffers)
+        if self.automatic and not self.deferred:
             loop.training_step = self.remembering(loop.training_step)
         loop.backward = self.watching(loop.backward)
         loop.unscale = self.checking(loop.unscale)
@@ -140,6 +145,16 @@ class FiniteWatch:
             if self.losses and batch_idx % self.loop.accumulate == 0 and self.losses[-1][1].batch_idx != batch_idx:
                 self.check(None)  # an update that did not come by here; its batches must not be kept for ever
             self.origin = Origin(batch, batch_idx, RandomStates(self.device))
+            return training_step(batch, batch_idx)
+
+        return step
+
+    def keeping(self, training_step: Callable[[Any, int], Any], buffers: Buffers) -> Callable[[Any, int], Any]:
+        """``training_step``, before which buffers are copied if no other batch belongs to the same update."""
+
+        def step(batch: Any, batch_idx: int) -> Any:
+            if not self.losses:
+                buffers.keep()
             return training_step(batch, batch_idx)
 
         return step
@@ -190,6 +205,8 @@ class FiniteWatch:
             self.look_later(update)
         elif not bool(flags.all()):
             self.found(update, flags.tolist(), optimizer)
+        if self.buffers is not None and not self.automatic:  # the step may go on to another update
+            self.buffers.keep()
 
     def rest(self, own: list[Tensor]) -> Tensor:
         """A flag for what the others do not tell: the scale of the fp16 scaler, and processes with other parts of the gradients."""
@@ -231,9 +248,13 @@ class FiniteWatch:
             if self.policy == "error":
                 raise NonFiniteError(text)
             self.tell(kind, text)
-        if self.policy == "skip" and optimizer is not None and not self.scaler_is_used:
+        if self.policy != "skip" or optimizer is None:
+            return
+        if not self.scaler_is_used:
             for parameter in parameters_of(optimizer):
                 parameter.grad = None  # torch's optimizers leave such parameters, and what they know of them, as they are
+        if self.buffers is not None:
+            self.buffers.restore()
 
     def kind_of(self, update: Update, flags: list[bool]) -> str:
         if not all(flags[: len(update.losses)]):

@@ -43,19 +43,40 @@ class Buffers:
 
     Args:
         modules: whose own buffers, without those of their children.
+        statistics_only: leave out tables and masks: integers and truth values, but for single numbers.
     """
 
-    def __init__(self, modules: Iterable[Module]) -> None:
-        self.held = [(module, dict(module._buffers)) for module in modules if module._buffers]
-        self.copies = {buffer: buffer.detach().clone() for _, held in self.held for buffer in held.values() if buffer is not None}
+    def __init__(self, modules: Iterable[Module], statistics_only: bool = False) -> None:
+        self.modules = [module for module in modules if module._buffers]
+        self.statistics_only = statistics_only
+        self.copies: list[Tensor] = []
+        self.keep()
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy what is in them now, for :meth:`restore`."""
+        self.held = [(module, dict(module._buffers)) for module in self.modules]
+        here = self._tensors()
+        if [(each.shape, each.dtype, each.device) for each in here] == [(copy.shape, copy.dtype, copy.device) for copy in self.copies]:
+            if here:
+                torch._foreach_copy_(self.copies, here)
+        else:
+            self.copies = [buffer.detach().clone() for buffer in here]
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Bring the buffers back, also where a module has put others into their place."""
-        with torch.no_grad():
-            for module, held in self.held:
-                module._buffers.update(held)
-            for buffer, copy in self.copies.items():
-                buffer.copy_(copy)
+        for module, held in self.held:
+            module._buffers.update(held)
+        if self.copies:
+            torch._foreach_copy_(self._tensors(), self.copies)
+
+    def _tensors(self) -> list[Tensor]:
+        """Those that are kept, each once, as this process has them."""
+        from lightning.fabric.strategies.sharding import local_tensor
+
+        found = {buffer: None for _, held in self.held for buffer in held.values() if buffer is not None}
+        return [local_tensor(each) for each in found if not self.statistics_only or each.is_floating_point() or each.dim() == 0]
 
 
 @contextmanager

@@ -155,8 +155,8 @@ class Entry:
     """
 
     __slots__ = (
-        "add", "dataloader_idx", "dtype", "given", "host_total", "merged", "name", "on_epoch", "on_step", "options", "scope",
-        "serial", "source", "synced", "total", "value", "weight", "weighted",
+        "add", "borrowed", "dataloader_idx", "dtype", "given", "host_total", "merged", "name", "on_epoch", "on_step", "options", "scope",
+        "serial", "shadow", "source", "synced", "total", "value", "weight", "weighted",
     )  # fmt: skip
 
     def __init__(self, name: str, scope: str, dataloader_idx: int | None, given: tuple[Any, ...], options: Options) -> None:
@@ -168,10 +168,13 @@ class Entry:
         self.dtype: torch.dtype | None = None
         self.serial = -1  # the batch that logged last
         self.merged = True  # whether the step value has reached the dictionaries of the trainer
+        self.borrowed = False  # whether the value lies where the next replay of a recorded step writes
+        self.shadow: Any = None  # the running total of such steps
         self.reset()
 
     def reset(self) -> None:
         """Forget all values; a Metric is reset too."""
+        self.settle()
         if self.source is not None:
             self.source.reset()
         self.source = None
@@ -305,14 +308,28 @@ class Entry:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Take over what replayed steps have logged (``loops/graph_recording.py``)."""
+        if self.borrowed:
+            self.own()
+        if self.shadow is not None:
+            self.shadow.hand_over()
+
+    def own(self) -> None:
+        """Keep a copy of a step value that the next replay would write over."""
+        self.value, self.borrowed = self.value.clone() if self.borrowed else self.value, False
+
     @property
     def has_epoch_value(self) -> bool:
         """Whether anything was logged since the last reset."""
+        if self.shadow is not None:
+            self.shadow.hand_over()
         return self.on_epoch and self.weight > 0
 
     @property
     def is_unused(self) -> bool:
         """Whether nothing at all was logged since the last reset."""
+        self.settle()
         return self.value is None and self.weight == 0 and self.source is None
 
     def epoch_value(self) -> Any:

@@ -234,6 +234,8 @@ class Metrics:
             if entry.merged or entry.value is None or entry.scope not in BATCH_DEFAULTS or self.epoch_ended:
                 continue
             entry.merged = True
+            if entry.borrowed:
+                entry.own()
             forked = entry.forked(True)
             if entry.options.prog_bar:
                 self._bar[forked] = entry.value
@@ -330,6 +332,7 @@ class Metrics:
 
     def send_step_values(self, step: int, with_epoch: bool = True) -> None:
         """Start sending the values of the current step to the loggers."""
+        self.merge_steps()
         values = {
             entry.forked(True): entry.value
             for entry in (self.entries or {}).values()

@@ -100,6 +100,7 @@ def _metrics_state(trainer: Trainer) -> State:
 
 
 def _entry_state(entry: Entry, found: dict[int, str]) -> State:
+    entry.settle()
     state: State = {name: _plain(getattr(entry, name)) for name in KEPT}
     state["key"], state["options"] = (entry.scope, entry.name, entry.dataloader_idx), astuple(entry.options)
     state["takes_metric"], state["source"] = entry.takes_metric, found.get(id(entry.source))

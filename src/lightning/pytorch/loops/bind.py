@@ -300,6 +300,10 @@ def guards(trainer: Trainer, loop: FitLoop) -> list[Any]:
         from lightning.pytorch.loops.garbage import GarbageSchedule
 
         found.append(GarbageSchedule(config.gc_interval))
+    if (config.compile or {}).get("step"):
+        from lightning.pytorch.loops.compiling import step_graphs
+
+        found.extend(step_graphs(trainer, loop))
     return found
 
 

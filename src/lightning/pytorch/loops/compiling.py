@@ -1,4 +1,4 @@
-"""``Trainer(compile=...)``: steps compiled by ``torch.compile``."""
+"""``Trainer(compile=...)``: steps compiled by ``torch.compile``, or replayed as graphs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.core.module import LightningModule
 
 if TYPE_CHECKING:
+    from lightning.pytorch.loops.fit import FitLoop
+    from lightning.pytorch.loops.graphs import StepGraphs
     from lightning.pytorch.trainer.trainer import Trainer
 
 # What a step may call that has its effect outside of the tensors: such calls are left out of what is compiled.
@@ -72,3 +74,51 @@ def keep_eager(owner: Any, names: tuple[str, ...], done: list[tuple[Any, str]]) 
         if name not in vars(owner):
             vars(owner)[name] = torch.compiler.disable(getattr(owner, name))
             done.append((owner, name))
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A context in which a CUDA device works on another stream than its default one, on which nothing can be recorded."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        before.wait_stream(stream)
+
+
+def step_graphs(trainer: Trainer, loop: FitLoop) -> list[StepGraphs]:
+    """What replays the training steps of a run; nothing where its device records no work.
+
+    Raises:
+        MisconfigurationException: if the run has something that steps which are replayed can't have.
+    """
+    from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.rank_zero import rank_zero_warn
+    from lightning.pytorch.loops import graph_recording
+    from lightning.pytorch.loops.graphs import StepGraphs
+
+    config, strategy = trainer._config, trainer.strategy
+    against = {
+        "manual optimization: its steps are the module's own": not trainer.lightning_module.automatic_optimization,
+        f"the strategy {type(strategy).__name__}: it replays the steps of one process": type(strategy) is not SingleDeviceStrategy,
+        f"on_nonfinite={config.on_nonfinite!r}: nobody looks at single steps": config.on_nonfinite is not None,
+        f"on_out_of_memory={config.on_out_of_memory!r}: their memory is reserved": config.on_out_of_memory != "raise",
+        "detect_anomaly=True": config.detect_anomaly,
+    }
+    for what, is_so in against.items():
+        if is_so:
+            raise MisconfigurationException(f"Trainer(compile='step') does not go with {what}. Leave out one of the two.")
+    recorder = graph_recording.recorder_of(strategy.root_device)
+    if recorder is None:
+        rank_zero_warn(
+            f"Trainer(compile='step') needs a CUDA device: on {strategy.root_device} training steps run as without it, with the same "
+            "result."
+        )
+        return []
+    return [StepGraphs(trainer, loop, recorder)]

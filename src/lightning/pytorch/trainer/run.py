@@ -73,6 +73,10 @@ def running(
                 from lightning.pytorch.loops.compiling import compiled_steps
 
                 contexts.enter_context(compiled_steps(trainer, options))
+            if fits_with_graphs(trainer):
+                from lightning.pytorch.loops.compiling import side_stream
+
+                contexts.enter_context(side_stream(trainer.strategy.root_device))
             set_up(trainer, path, weights_only)
             if trainer._config.detect_anomaly:
                 contexts.enter_context(torch.autograd.set_detect_anomaly(True))
@@ -203,6 +207,11 @@ def listen(trainer: Trainer) -> None:
 
     trainer._signals = signals_of(trainer)
     trainer._signals.install()
+
+
+def fits_with_graphs(trainer: Trainer) -> bool:
+    """Whether this is a fit whose steps are recorded."""
+    return trainer.state.fn is TrainerFn.FITTING and bool((trainer._config.compile or {}).get("step"))
 
 
 @contextmanager

@@ -1,0 +1,385 @@
+"""``Trainer(compile="step")``: the device work of a training step, recorded once and replayed.
+
+A step runs as always until its batch was seen twice in this shape; then it is recorded, by the loop's own closure, as one piece of work
+for the device: forward, backward, accumulation, clipping, optimizer and what it logs. From then on a step is a copy of the batch and one
+launch. What a replay could not know of is looked for before (``graph_watch.py``), and asked at each step where it is cheap to ask: then
+steps run as always again, and the user is told why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.dispatch import no_op
+from lightning.pytorch.loops.graph_optimizer import OptimizerInGraph
+from lightning.pytorch.loops.graph_recording import Logged, LogRecorder, Recorder
+from lightning.pytorch.loops.graph_watch import PLAIN, NotReplayable, Watch, place
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.fit import FitLoop
+    from lightning.pytorch.trainer.trainer import Trainer
+
+WARM_UP = 2  # steps of each shape that run as always before it is recorded: kernels are chosen, and state is made, in the first
+MOST_GRAPHS = 8  # recorded at once
+MOST_SHAPES = 64  # that are counted
+MOST_CHANGES = 3  # of what is constant in a recording, before it is given up
+WITHIN = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")  # hooks that run inside of a step
+
+Work = Callable[[], Any]
+
+
+class Graph:
+    """A recorded step.
+
+    Args:
+        batch: lies where the recording reads it.
+        inputs: the tensors in it.
+    """
+
+    def __init__(self, batch: Any, inputs: list[Tensor]) -> None:
+        self.batch, self.inputs = batch, inputs
+        self.nodes: list[Work] = []  # replays, and between them hooks
+        self.logged: list[Logged] = []
+        self.outputs: Any = None
+        self.loss: Any = None
+        self.gradients: list[tuple[Tensor, Tensor]] = []  # parameters, with those that the recording writes
+
+
+class StepGraphs:
+    """Stands around the steps of a loop, and replays those that it has recorded.
+
+    Args:
+        trainer: whose.
+        loop: the training loop.
+        recorder: of the device.
+    """
+
+    def __init__(self, trainer: Trainer, loop: FitLoop, recorder: Recorder) -> None:
+        self.trainer, self.loop, self.recorder = trainer, loop, recorder
+        self.device = trainer.strategy.root_device
+        self.optimizer: OptimizerInGraph | None = None
+        self.logs = LogRecorder(trainer._metrics, self.device)
+        self.off = self.told_of_many = False
+        self.changes = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all recordings."""
+        self.logs.forget()
+        self.graphs: dict[Any, Graph] = {}
+        self.seen: dict[Any, int] = {}
+        self.current: Graph | None = None
+        self.watching = False
+        self.epoch = -1
+        self.state: dict[str, Any] = {}
+        self.fixed: dict[Tensor, Tensor] = {}  # gradients that add up over several recordings, by their parameters
+        self.watch = Watch(self.trainer.lightning_module, self.device, attributes=self.trainer._config.compile_options is None)
+
+    # ---- around the loop --------------------------------------------------------------------------------------------
+
+    def wrap(self, loop: FitLoop) -> None:
+        """Take the place of the loop's closure and update; to be called anew when hooks have changed."""
+        self.forget()
+        self.plain_step, self.plain_update, self.plain_zero = loop.training_step, loop.update, loop.zero_grad
+        self.plain_closure = partial(type(loop).closure, loop)
+        loop.training_step, loop.zero_grad = self.step, self.zero
+        vars(loop)["closure"] = partial(self.run, self.plain_closure)
+        if not loop.user_steps:
+            loop.update = self.update
+        if self.optimizer is None or self.optimizer.optimizer is not loop.optimizer:
+            scheduled = bool(self.trainer.strategy.lr_scheduler_configs)
+            self.optimizer = OptimizerInGraph(loop.optimizer, self.device, scheduled)
+
+    def finish(self) -> None:
+        """Leave everything as it was."""
+        self.forget()
+        vars(self.loop).pop("closure", None)
+        if self.optimizer is not None:
+            self.optimizer.restore()
+
+    def give_up(self, reason: str) -> None:
+        """From here on steps run as always."""
+        self.forget()
+        self.off = True
+        if self.optimizer is not None:
+            self.optimizer.restore()
+        rank_zero_warn(f"Trainer(compile='step'): training steps are not replayed but run as without it, since {reason}.")
+
+    # ---- what the loop calls ----------------------------------------------------------------------------------------
+
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        """``training_step``, watched where it is to be recorded next."""
+        return self.watch.run(self.plain_step, batch, batch_idx) if self.watching else self.plain_step(batch, batch_idx)
+
+    def zero(self, optimizer: Any) -> None:
+        """Zeroing gradients: in place, where recordings add to them."""
+        if not self.fixed:
+            self.plain_zero(optimizer)
+            return
+        for parameter, gradient in self.fixed.items():
+            parameter.grad = gradient
+        torch._foreach_zero_(list(self.fixed.values()))
+
+    def update(self, closure: Work) -> Any:
+        """The update, with everything that the closure does."""
+        return self.run(partial(self.plain_update, self.plain_closure))
+
+    def run(self, work: Work) -> Any:
+        """Do ``work``, which is a step, or replay it."""
+        loop = self.loop
+        if self.off:
+            return work()
+        if loop.progress.epoch != self.epoch:
+            self.begin_epoch()
+        leaves: list[Tensor] = []
+        try:
+            key = self.kind(), signature(loop.batch, leaves)
+        except NotReplayable as error:
+            self.give_up(str(error))
+            return work()
+        graph = self.graphs.get(key)
+        if graph is not None and self.is_valid():
+            return self.replay(graph, leaves)
+        return work() if self.off else self.meet(key, work)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What a step depends on beside its batch: where in an accumulation window it is."""
+        loop = self.loop
+        if loop.accumulate == 1:
+            return ()
+        p = loop.progress
+        place = p.batch_idx % loop.accumulate
+        return loop.accumulate, loop.window(), place == 0, p.updates, place + 1 if p.is_last else 0
+
+    def begin_epoch(self) -> None:
+        """See whether hooks have changed what is constant in the recordings."""
+        loop, entries = self.loop, self.trainer._metrics.entries or {}
+        self.epoch = loop.progress.epoch
+        state = self.watch.state_elsewhere()
+        logged = all(
+            entries.get((each.entry.scope, each.entry.name, each.entry.dataloader_idx)) is each.entry
+            for graph in self.graphs.values()
+            for each in graph.logged
+        )
+        if self.graphs and (not logged or any(state.get(name) != value for name, value in self.state.items())):
+            self.forget()
+            self.epoch = loop.progress.epoch
+        self.state = state
+
+    def is_valid(self) -> bool:
+        """Whether what is constant in the recordings still is so; else they are forgotten."""
+        assert self.optimizer is not None
+        name = self.optimizer.follow() or self.watch.changed()
+        if name is None:
+            return True
+        self.changes += 1
+        if self.changes > MOST_CHANGES:
+            self.give_up(f"{name!r} changes again and again, which a recording can't follow")
+        else:
+            self.forget()
+        return False
+
+    # ---- the first steps of a kind ----------------------------------------------------------------------------------
+
+    def meet(self, key: Any, work: Work) -> Any:
+        """A step that is not recorded yet."""
+        seen = self.seen.get(key, 0)
+        if seen < WARM_UP:
+            if seen or len(self.seen) < MOST_SHAPES:
+                self.seen[key] = seen + 1
+            return self.observe(work, seen == WARM_UP - 1)
+        if len(self.graphs) >= MOST_GRAPHS:
+            if not self.told_of_many:
+                self.told_of_many = True
+                rank_zero_warn(
+                    f"Trainer(compile='step'): {MOST_GRAPHS} kinds of training steps are replayed; batches of further shapes run as "
+                    "without it. Batches that are padded to a few shapes can all be replayed."
+                )
+            return work()
+        return self.record(key, work)
+
+    def observe(self, work: Work, last: bool) -> Any:
+        """Run a step as always, and look whether it can be replayed."""
+        optimizer = self.optimizer
+        assert optimizer is not None
+        try:
+            told = optimizer.prepare() if optimizer.given is None else ""
+        except NotReplayable as error:
+            self.give_up(str(error))
+            return work()
+        if told:
+            rank_zero_info(f"Trainer(compile='step'): {told}, as recorded steps need it.")
+        before = optimizer.host_state()
+        self.watching = True
+        try:
+            with ExitStack() as contexts:
+                if last:  # the first one may read from the device to choose kernels
+                    contexts.enter_context(self.recorder.noticing(self.watch))
+                result = work()
+        finally:
+            self.watching = False
+        if last:
+            changed = [name for name, value in optimizer.host_state().items() if before.get(name, value) != value]
+            if changed and self.loop.progress.updates and not self.loop.user_steps:
+                self.watch.note(f"{type(optimizer.optimizer).__name__} changes `{changed[0]}` on the host, which a replay would not do")
+            if (hooked := self.hooked()) is not None:
+                self.watch.note(f"`{hooked}` has hooks of its forward or backward pass, which a replay would leave out")
+        if self.loop.accumulate > 1:
+            self.fix_gradients()
+        if self.watch.reason is not None:
+            self.give_up(self.watch.reason)
+        return result
+
+    def hooked(self) -> str | None:
+        """A module with hooks that are not torch's own."""
+        for name, part in self.trainer.lightning_module.named_modules():
+            for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+                if any(not (getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.") for hook in hooks.values()):
+                    return name or type(part).__name__
+        return None
+
+    def fix_gradients(self) -> None:
+        """Let gradients stay where they are from one step to the next, for they add up over several recordings."""
+        for group in self.loop.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter not in self.fixed:
+                    self.fixed[parameter] = parameter.grad
+
+    # ---- recording --------------------------------------------------------------------------------------------------
+
+    def record(self, key: Any, work: Work) -> Any:
+        """Record a step, and replay what was recorded."""
+        loop = self.loop
+        batch = loop.batch
+        inputs: list[Tensor] = []
+        graph = Graph(apply_to_collection(batch, Tensor, Tensor.clone), inputs)
+        signature(graph.batch, inputs)
+        if loop.accumulate > 1:
+            self.fix_gradients()
+        try:
+            loop.batch = graph.batch
+            if any(getattr(loop.hooks, name) is not no_op for name in WITHIN):
+                with self.recording(Graph(None, []), rehearses=True):
+                    work()
+                    self.recorder.end()
+            with self.recording(graph):
+                graph.loss = work()
+                graph.nodes.append(self.recorder.end())
+        except Exception as error:
+            self.recorder.abandon()
+            loop.batch = batch
+            if graph.nodes:
+                raise  # of a hook in the middle of the step
+            found = str(error) if isinstance(error, NotReplayable) else f"it can't be recorded: {first_line(error)}"
+            self.give_up(found if isinstance(error, NotReplayable) else found + place(traceback.extract_tb(error.__traceback__)))
+            return work()
+        graph.nodes[-1]()
+        graph.outputs = loop.outputs
+        parameters = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
+        graph.gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        self.graphs[key] = self.current = graph
+        self.state = self.watch.state_elsewhere()
+        self.follow(graph)
+        return graph.loss
+
+    @contextmanager
+    def recording(self, graph: Graph, rehearses: bool = False) -> Iterator[None]:
+        """What the loop's closure does inside of this is recorded; hooks of the user run between two pieces.
+
+        Args:
+            graph: gets them.
+            rehearses: run no hooks, so that one can see whether a step can be recorded before anything has happened.
+        """
+        hooks = self.loop.hooks
+        heard = {name: getattr(hooks, name) for name in WITHIN if getattr(hooks, name) is not no_op}
+        assert self.optimizer is not None
+        with self.optimizer.recording(), self.logs.recording() as logged:
+            graph.logged = logged
+            for name, hook in heard.items():
+                setattr(hooks, name, no_op if rehearses else partial(self.interrupt, graph, hook))
+            self.recorder.begin()
+            try:
+                yield
+            finally:
+                for name, hook in heard.items():
+                    setattr(hooks, name, hook)
+
+    def interrupt(self, graph: Graph, hook: Callable[..., Any], *args: Any) -> None:
+        """Run a hook in the middle of a step: on values, so what was recorded until here is replayed before."""
+        graph.nodes.append(self.recorder.end())
+        graph.nodes[-1]()
+        log = vars(self.trainer._metrics).pop("log")
+        try:
+            hook(*args)
+        finally:
+            vars(self.trainer._metrics)["log"] = log
+        graph.nodes.append(partial(hook, *args))
+        self.recorder.begin()
+
+    # ---- replaying --------------------------------------------------------------------------------------------------
+
+    def replay(self, graph: Graph, leaves: list[Tensor]) -> Any:
+        """A step that was recorded: copy the batch, launch."""
+        if self.current is not graph:
+            self.switch(graph)
+        if leaves:
+            torch._foreach_copy_(graph.inputs, leaves)
+        for node in graph.nodes:
+            node()
+        self.follow(graph)
+        return graph.loss
+
+    def switch(self, graph: Graph) -> None:
+        """Make the memory of another recording the one that is used."""
+        if self.current is not None:
+            for each in self.current.logged:
+                each.settle()
+        for parameter, gradient in graph.gradients:
+            parameter.grad = gradient
+        self.current = graph
+
+    def follow(self, graph: Graph) -> None:
+        """What the loop would have done on the host."""
+        loop = self.loop
+        serial = self.trainer._metrics.serial
+        for each in graph.logged:
+            each.note(serial)
+        # Who listens may keep what it gets; the next replay writes over the recording's own.
+        heard = loop.hooks.on_train_batch_end is not no_op
+        loop.outputs = apply_to_collection(graph.outputs, Tensor, Tensor.clone) if heard else graph.outputs
+        loop.gathered = loop.progress.batch_idx % loop.accumulate + 1
+
+
+def signature(value: Any, leaves: list[Tensor]) -> Any:
+    """What must be the same of two batches for one recording; their tensors are added to ``leaves``.
+
+    Raises:
+        NotReplayable: for what can't be compared.
+    """
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return value.shape, value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple([signature(each, leaves) for each in value])
+    if isinstance(value, Mapping):
+        return type(value), tuple([(key, signature(each, leaves)) for key, each in value.items()])
+    if isinstance(value, PLAIN):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple([signature(getattr(value, field.name), leaves) for field in dataclasses.fields(value)])
+    raise NotReplayable(f"the batch holds a {type(value).__name__}, of which it is not known what a replay would have to copy")
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error, and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"

@@ -58,7 +58,7 @@ class Saver(Callback):
         trainer.save_checkpoint(f"{batch_idx}.ckpt")
 
 
-def fit(size: int, ckpt_path: str | None, broadcast: bool = False) -> Any:
+def fit(size: int, ckpt_path: str | None, broadcast: bool = False, **settings: Any) -> Any:
     model, counter = Net(), Counter()
     callbacks = [counter, Saver()] if ckpt_path is None else [counter]
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -66,7 +66,7 @@ def fit(size: int, ckpt_path: str | None, broadcast: bool = False) -> Any:
     data = torch.randn(16, 2, generator=torch.Generator().manual_seed(5))
     Trainer(
         max_epochs=1, accelerator="cpu", devices=size, strategy=strategy, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **settings,
     ).fit(model, torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=ckpt_path)  # type: ignore[arg-type]  # fmt: skip
     return {name: value.tolist() for name, value in model.state_dict().items()}, counter.count
 
@@ -111,3 +111,15 @@ def test_buffers_that_ddp_makes_equal_are_not_stored_again(tmp_path: Path) -> No
     run(save_alike, 2, str(tmp_path), timeout=200)
     parts = torch.load(tmp_path / "1.ckpt", weights_only=True)["keraunos"]["processes"]
     assert ["buffers" in part["apart"] for part in parts] == [False, False]
+
+
+def resume_within_windows(rank: int, size: int, folder: str) -> Any:
+    os.chdir(folder)
+    whole = fit(size, None, broadcast=True, accumulate_grad_batches=3)
+    return [fit(size, f"{batch}.ckpt", broadcast=True, accumulate_grad_batches=3) == whole for batch in range(3)]
+
+
+def test_buffers_that_ddp_makes_equal_after_a_window_are_apart_within_it(tmp_path: Path) -> None:
+    assert run(resume_within_windows, 2, str(tmp_path), timeout=200) == [[True] * 3] * 2
+    saved = [torch.load(tmp_path / f"{batch}.ckpt", weights_only=True)["keraunos"]["processes"][1]["apart"] for batch in range(3)]
+    assert ["buffers" in apart for apart in saved] == [True, True, False]

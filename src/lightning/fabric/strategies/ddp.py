@@ -103,6 +103,7 @@ class DDPStrategy(ParallelStrategy):
         self._ddp_kwargs: dict[str, Any] = {"gradient_as_bucket_view": True, **kwargs}
         self._prepares_backward = False
         self._bucket_order: list[str] = []  # where it is known: from the run that this one goes on from, or found out
+        self._begins_within_window = False
 
     # ---- setting up -------------------------------------------------------------------------------------------------
 
@@ -125,6 +126,7 @@ class DDPStrategy(ParallelStrategy):
     def wrap(self, module: Module) -> DistributedDataParallel:
         """DistributedDataParallel around a module that is on its device."""
         ddp = self._wrapped(Forward(module), device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+        ddp.require_forward_param_sync, self._begins_within_window = not self._begins_within_window, False
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
             ddp.register_comm_hook(self._comm_state, hook)
@@ -225,22 +227,31 @@ class DDPStrategy(ParallelStrategy):
         return {name: gradient.cpu() for name, gradient in found.items()} if size <= MOST_OWN_GRADIENTS else {}
 
     def own_buffers(self) -> dict[str, Tensor]:
-        broadcast = all(self._ddp_kwargs.get(name) is not False for name in ("broadcast_buffers", "forward_sync_buffers"))
+        """Those that DDP does not broadcast; inside of an accumulation window, all: it does so after the window."""
+        broadcast = not self._within_window() and all(
+            self._ddp_kwargs.get(name) is not False for name in ("broadcast_buffers", "forward_sync_buffers")
+        )
         ignored = getattr(self.module, IGNORED_BY_DDP, ())
         return {name: buffer for name, buffer in super().own_buffers().items() if not broadcast or name in ignored}
 
+    def _within_window(self) -> bool:
+        """Whether DDP leaves the buffers of the processes apart in the next forward pass, as it does in an accumulation window."""
+        return isinstance(self.model, DistributedDataParallel) and not self.model.require_forward_param_sync
+
     def engine_state(self) -> dict[str, Any]:
-        """The order of the buckets, on which the rounding of sums over more than two processes depends."""
+        """The order of the buckets, on which the rounding of sums over more than two processes depends, and whether a window is open."""
+        state: dict[str, Any] = {"within_window": True} if self._within_window() else {}
         if self.world_size < 3 or not isinstance(self.model, DistributedDataParallel):
-            return {}
+            return state
         if not self._bucket_order:
             from lightning.fabric.strategies.ddp_buckets import order_of
 
             self._bucket_order = order_of(self.model)
-        return {"bucket_order": self._bucket_order}
+        return {**state, "bucket_order": self._bucket_order}
 
     def expect_engine_state(self, state: Mapping[str, Any]) -> None:
         self._bucket_order = list(state.get("bucket_order", ()))
+        self._begins_within_window = bool(state.get("within_window"))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import EpochTimes
 from lightning.pytorch.profilers import epoch as module
-from lightning.pytorch.profilers.epoch import CATEGORIES, _Epoch, _Steps, category_of, line
+from lightning.pytorch.profilers.epoch import CATEGORIES, _Device, _Epoch, category_of, line
 
 LONG = 0.2  # seconds that are slept
 
@@ -184,38 +184,155 @@ def test_times_are_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_line_names_the_longest_first() -> None:
-    times = {"epoch": 3, "whole": 100.0, **dict.fromkeys(CATEGORIES, 0.0), "compute": 20.5, "data_wait": 79.5, "device_steps": 25.0}
-    assert line(times) == (
-        "Epoch 3: 100 s, of which data wait 79.5 s (80 %), compute 20.5 s (20 %). The GPU took 25 s (25 %) for the steps."
+    times = {"epoch": 3, "whole": 100.0, **dict.fromkeys(CATEGORIES, 0.0), "compute": 20.5, "data_wait": 69.5, "device_wait": 10.0}
+    assert line({**times, "device_steps": 25.0, "data_wait_idle": 60.0}) == (
+        "Epoch 3: 100 s, of which data wait 69.5 s (70 %), compute 20.5 s (20 %), waiting for the GPU 10 s (10 %). "
+        "The GPU took 25 s (25 %) for the steps, and had nothing to do in 60 s of the data wait."
     )
 
 
-class Event:
-    """An event at a time, over when its device has come so far."""
+# ---- a device that is behind ------------------------------------------------------------------------------------------
 
-    reached = 0.0
 
-    def __init__(self, at: float) -> None:
-        self.at = at
+class World:
+    """A host and a device with one clock, on which nothing takes time unless it is told to."""
 
-    def query(self) -> bool:
-        return self.at <= Event.reached
+    def __init__(self) -> None:
+        self.now = self.free = 1000.0
+        self.waited = 0
+
+    def launch(self, seconds: float) -> None:
+        """Work for the device."""
+        self.free = max(self.now, self.free) + seconds
 
     def synchronize(self) -> None:
-        Event.reached = max(Event.reached, self.at)
+        self.now = max(self.now, self.free)
+
+
+class Event:
+    """An event in the device's queue."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.at = world, 0.0
+
+    def record(self, stream: Any) -> None:
+        self.at = max(self.world.now, self.world.free)
+
+    def query(self) -> bool:
+        return self.at <= self.world.now
+
+    def synchronize(self) -> None:
+        self.world.waited += not self.query()
+        self.world.now = max(self.world.now, self.at)
 
     def elapsed_time(self, end: Event) -> float:
+        assert self.query()  # else it can't be asked for
         assert end.query()
         return (end.at - self.at) * 1000
 
 
-def test_what_a_device_took_is_known_when_it_has_come_so_far() -> None:
-    Event.reached = 5.0
-    steps = _Steps()
-    steps.marks.extend([(Event(1.0), Event(3.0)), (Event(4.0), Event(5.0)), (Event(6.0), Event(9.0))])
-    epoch = _Epoch({"epoch": 0, "whole": 10.0}, steps)
+class SimulatedDevice(_Device):
+    def _event(self) -> Any:
+        return Event(self._stream)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: world.now)
+    return world
+
+
+def epoch_of(world: World, profiler: EpochTimes, data: float, step: float, device: float, validation: float = 0.0) -> dict[str, float]:
+    """An epoch of ten steps, at whose end values are read."""
+    with profiler.profile("run_training_epoch"):
+        for _ in range(10):
+            with profiler.profile("[_TrainingEpochLoop].train_dataloader_next"):
+                world.now += data
+            with profiler.profile("run_training_batch"):
+                world.launch(device)
+                world.now += step
+            with profiler.profile("log_metrics"):
+                world.now += 0.125  # nobody waits
+        if validation:
+            with profiler.profile("run_validation"):
+                world.launch(validation)
+                world.synchronize()
+        with profiler.profile("log_metrics"):
+            world.synchronize()
+    return profiler.times[-1]
+
+
+@pytest.fixture
+def simulated(world: World) -> EpochTimes:
+    profiler = EpochTimes()
+    profiler._device = SimulatedDevice(world)
+    return profiler
+
+
+def parts(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in times.items() if seconds and name not in ("epoch", "whole")}
+
+
+def test_a_host_that_runs_ahead_waits_for_the_device_and_not_for_the_loggers(world: World, simulated: EpochTimes) -> None:
+    for _ in range(2):
+        times = epoch_of(world, simulated, data=0.5, step=1.0, device=10.0)
+        assert parts(times) == {
+            "data_wait": 5.0, "compute": 10.0, "logging": 1.25, "device_wait": 84.25, "device_steps": 100.0, "data_wait_idle": 0.5,
+        }  # fmt: skip
+        assert times["whole"] == 100.5
+    assert world.waited == 0
+
+
+def test_the_wait_for_data_is_idle_where_the_device_is_done(world: World, simulated: EpochTimes) -> None:
+    times = epoch_of(world, simulated, data=10.0, step=0.125, device=1.0)
+    assert parts(times) == {
+        "data_wait": 100.0, "compute": 1.25, "logging": 1.25 , "device_wait": 0.75, "device_steps": 10.0,
+        "data_wait_idle": 10.0 + 9 * 9.25,
+    }  # fmt: skip
+
+
+def test_validation_begins_when_the_device_comes_to_it(world: World, simulated: EpochTimes) -> None:
+    times = epoch_of(world, simulated, data=0.5, step=1.0, device=10.0, validation=30.0)
+    assert parts(times)["validation"] == 30.0
+    assert parts(times)["device_wait"] == 84.25
+
+
+def test_a_line_waits_for_the_events_and_nobody_else_does(world: World, simulated: EpochTimes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with simulated.profile("run_training_epoch"):
+        for _ in range(3):
+            with simulated.profile("run_training_batch"):
+                world.launch(10.0)
+    assert caplog.messages == []
+    assert "device_steps" not in simulated.times[0]
+    world.now += 100.0
+    with simulated.profile("run_training_epoch"), simulated.profile("run_training_batch"):
+        world.launch(10.0)
+    assert ["Epoch 0: 0 s" in message and "GPU took 30 s" in message for message in caplog.messages] == [True]
+    assert world.waited == 0
+    simulated.describe()  # at the end of the run
+    assert len(caplog.messages) == 2
+    assert world.waited == 1
+
+
+def test_events_are_used_again_and_steps_do_not_pile_up(world: World, simulated: EpochTimes) -> None:
+    with simulated.profile("run_training_epoch"):
+        for _ in range(1000):
+            with simulated.profile("run_training_batch"):
+                world.launch(1.0)
+            world.now += 1.0
+    assert len(simulated._device._free) <= 4  # type: ignore[union-attr]
+
+
+def test_rows_for_loggers_come_when_the_device_has_come_so_far(world: World) -> None:
+    device = SimulatedDevice(world)
+    device.begin(world.now)
+    world.launch(4.0)
+    device.end()
+    steps = device.take()
+    epoch = _Epoch({"epoch": 0, "whole": 10.0, **dict.fromkeys(CATEGORIES, 0.0)}, steps)
     assert not epoch.ready()
-    assert steps.seconds == 3.0
-    Event.reached = 9.0
+    world.now += 4.0
     assert epoch.ready()
-    assert epoch.read() == {"epoch_time/whole": 10.0, "epoch_time/device_steps": 6.0, "epoch": 0}
+    assert epoch.read()["epoch_time/device_steps"] == 4.0

@@ -141,8 +141,8 @@ def reduced_by_name(rank: int, size: int) -> list[Any]:
 
 def test_values_are_reduced_with_those_of_the_same_name_whatever_the_order() -> None:
     expected = {"loss": 0.5, "count": 3, "best": 1.0, "worst": [0.0, -1.0], "weight": [2.0, 1.0], "exact": 0.1 + 1.1}
-    # mean, max, min and sum of float32; sum of int64; sum of float64
-    assert run(reduced_by_name, 2) == [[expected, True, 6, {}]] * 2
+    # mean, max, min and sum of float32; sum of int64; sum of float64; and a comparison of names for each of the two calls
+    assert run(reduced_by_name, 2) == [[expected, True, 8, {}]] * 2
 
 
 def with_other_names(rank: int, size: int) -> None:

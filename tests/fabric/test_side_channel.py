@@ -206,3 +206,41 @@ def get_on_without_rank_zero(rank: int, size: int, port: int, folder: str) -> st
 def test_process_that_gets_on_may_outlive_the_one_that_holds_the_store(tmp_path: Path) -> None:
     _, one = run_to_end(get_on_without_rank_zero, 2, free_port(), str(tmp_path), group=False)
     assert one.value == "done"
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A store that counts the requests it gets."""
+
+    def __init__(self) -> None:
+        self.store, self.requests = torch.distributed.HashStore(), 0
+
+    def clone(self) -> Counting:
+        return self
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += 1
+        return getattr(self.store, name)
+
+
+def test_the_more_processes_there_are_the_more_rarely_each_of_them_asks() -> None:
+    each = {size: SideChannel(0, size, None).paced(1.0) for size in (1, 100, 1_000, 10_000)}
+    assert each == {1: 1.0, 100: 1.0, 1_000: 1.0, 10_000: 10.0}
+
+
+@pytest.mark.parametrize("size", [10, 1_000])
+def test_the_values_of_all_processes_take_two_requests(size: int) -> None:
+    channel, store = SideChannel(0, size, None), Counting()
+    channel._copy = store
+    keys = [f"at/{rank}" for rank in range(size)]
+    for rank, key in enumerate(keys):
+        channel.put(key, {"rank": rank})
+    store.requests = 0
+    assert channel.get_all(keys) == [{"rank": rank} for rank in range(size)]
+    assert store.requests == 2
+    assert channel.get_all([*keys[:2], "never written"]) == [{"rank": 0}, {"rank": 1}, None]

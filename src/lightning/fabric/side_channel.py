@@ -31,6 +31,7 @@ from lightning.fabric.launchers.script import running_crew
 log = logging.getLogger(__name__)
 
 POLL = 1.0  # seconds between two looks at what others say
+CROWD = 1000  # processes from which on each talks the more rarely, the more there are: the store hears no more of them together
 LOST_POLL = 5.0  # the same, while the store does not answer: torch prints a line each time
 ALARM = "alarm"  # the key under which the first failure stands
 FIND_CAUSE = 2.0  # seconds in which a process that only sees others vanish learns why
@@ -160,6 +161,10 @@ class SideChannel:
         self._tasks[task] = time.monotonic() + seconds
         self._wake.set()
 
+    def paced(self, seconds: float) -> float:
+        """How long to wait where ``seconds`` would do for a few processes, so that the store of rank 0 is not asked too much."""
+        return seconds * max(1.0, self.world_size / CROWD)
+
     def put(self, key: str, value: Any) -> None:
         """Write a value, for all to read."""
         self._copy.set(self._name(key), json.dumps(value))
@@ -172,6 +177,13 @@ class SideChannel:
         """The value that was written, or None."""
         name = self._name(key)
         return json.loads(self._copy.get(name)) if self._copy.check([name]) else None
+
+    def get_all(self, keys: list[str]) -> list[Any]:
+        """The values of many keys, None where there is none yet; two requests where there are all."""
+        names = [self._name(key) for key in keys]
+        if self._copy.has_extended_api() and self._copy.check(names):
+            return [json.loads(value) for value in self._copy.multi_get(names)]
+        return [self.get(key) for key in keys]
 
     def add(self, key: str, number: int) -> int:
         """Add to a number that all share, 0 at first; return what it then is."""
@@ -271,7 +283,7 @@ class SideChannel:
         found = self.get(ALARM)
         self.lost = None
         if found is None:
-            return POLL
+            return self.paced(POLL)
         self.end(Failure(**found))
         return None
 

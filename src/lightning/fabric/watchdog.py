@@ -155,7 +155,7 @@ class Watchdog:
         self.limit = limit.total_seconds()
         self.position = position
         self.on_device = on_device
-        self.every = min(LOOK, max(self.limit / 10, 0.1))
+        self.every = min(channel.paced(LOOK), max(self.limit / 10, 0.1))
         self.status = Status()
         self.pulse = stacks.Pulse(channel.owner)
         self.watched = [Watched(rank) for rank in range(channel.world_size)]
@@ -227,8 +227,7 @@ class Watchdog:
         now = time.monotonic()
         # Capped: if more time has passed, this process was stopped, and so may all have been.
         elapsed, self.looked = min(now - self.looked, 2 * self.every), now
-        for each in self.watched:
-            found = self.channel.get(self._key(each.rank))
+        for each, found in zip(self.watched, self.channel.get_all([self._key(each.rank) for each in self.watched])):
             each.update(None if found is None else Status(**found), elapsed)
         if any(each.status is not None and each.status.state == "debugged" for each in self.watched):
             for each in self.watched:
@@ -266,7 +265,7 @@ class Watchdog:
             return None
         order = self.channel.get(HALT)
         if order is None:
-            return POLL
+            return self.channel.paced(POLL)
         self.halted = True
         self._answer(order["silent"])
         deadline = time.monotonic() + 3 * (self.every + POLL + ANSWER)

@@ -32,9 +32,7 @@ def differences(trainer: Trainer, callbacks: dict[str, Any]) -> State:
         return {}
     own: State = {"buffers": strategy.own_buffers(), "callbacks": callbacks}
     digests = {kind: {name: _digest(value) for name, value in own[kind].items()} for kind in KINDS}
-    first = strategy.gather_objects(digests)[0]
-    if first is None:  # a process that fails is alone
-        return {}
+    first = strategy.broadcast(digests)  # in a process that fails its own, which differs from nothing
     found: State = {}
     for kind in KINDS:
         others = {name: own[kind].get(name) for name in first[kind].keys() | own[kind].keys()}

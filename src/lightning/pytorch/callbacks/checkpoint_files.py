@@ -187,7 +187,7 @@ def prepare_folder(trainer: pl.Trainer, folder: Path) -> None:
             check_writable(local)
         except OSError as error:
             problem = (type(error), error.errno, error.strerror, error.filename)
-    found = strategy.gather_objects(problem)
+    found = strategy.gather_objects(problem) if strategy.reduce_boolean_decision(problem is not None, all=False) else []
     for rank, told in enumerate(found):
         if told is not None:
             kind, number, text, name = told

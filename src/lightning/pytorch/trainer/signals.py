@@ -34,7 +34,7 @@ LISTEN = 0.5  # seconds between two looks whether a signal has come to any proce
 AGREE = 0.1  # the same, once one has
 HOLD = 1.0  # seconds in which all main threads may come to a stop before they are let go on to a common boundary
 HOLD_IN_EVALUATION = 10.0  # the same where a batch need not wait for other processes
-TAKE_OVER = 5.0  # seconds after which another process decides in place of rank 0
+TAKE_OVER = 5.0  # seconds after which rank 1 decides in place of rank 0, after as many more rank 2, and so on
 STOP = 1000  # in the place of a signal's number: a process has set `trainer.should_stop`
 GIVE_UP = 60.0  # seconds after which a process goes on that hears nothing from the others
 
@@ -258,7 +258,7 @@ class Signals:
         if self._over:
             return None
         if self._decided.is_set():  # the main thread is on its way to where the run stops
-            return LISTEN
+            return channel.paced(LISTEN)
         round_ = self._round
         name = f"stop/{round_}"
         if self._open:
@@ -268,7 +268,7 @@ class Signals:
             number = channel.put_first(f"{name}/number", number)
         number = number or channel.get(f"{name}/number")
         if number is None:
-            return LISTEN
+            return channel.paced(LISTEN)
         self._asked = self._asked or time.monotonic()
         self.pending = True
         step, serial, training = self.position()  # after `pending` was set: the next boundary is one more at most
@@ -278,16 +278,16 @@ class Signals:
         if decision is not None and round_ == self._round:
             self._decision = Decision(**decision) if decision["number"] else None
             self._decided.set()
-        return AGREE
+        return channel.paced(AGREE)
 
     def _decide(self, name: str, round_: int, number: int) -> Any:
         """Decide for all, once all have said where they are."""
         channel = self.channel
         assert channel is not None
         waited = time.monotonic() - self._asked
-        if channel.rank > 0 and waited < TAKE_OVER:
+        if waited < TAKE_OVER * channel.rank:
             return None
-        found = [channel.get(self._key(rank)) for rank in range(channel.world_size)]
+        found = channel.get_all([self._key(rank) for rank in range(channel.world_size)])
         if any(each is not None and each.get("done") for each in found):
             return channel.put_first(f"{name}/decision", {"number": 0})
         if any(each is None or each["round"] != round_ for each in found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,9 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, fresh in self.operations:
-                result = func(*args, **kwargs)
+                tensors = tuple(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+                with torch.autograd._unsafe_preserve_version_counter(tensors):  # autograd sees nothing of a replay
+                    result = func(*args, **kwargs)
                 again = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
                 for old, new in zip(fresh, again[: len(fresh)]):
                     old.data.copy_(new)
@@ -89,7 +92,8 @@ class TapeRecorder:
 
     def _stop(self) -> Tape:
         tape, self.tape = self.tape, None
-        assert tape is not None and self.random is not None
+        assert tape is not None
+        assert self.random is not None
         tape.__exit__(None, None, None)
         tape.undo()
         torch.set_rng_state(self.random)  # CUDA draws no random numbers while it records
@@ -111,12 +115,13 @@ class TapeRecorder:
     @contextmanager
     def noticing(self, watch: Any) -> Iterator[None]:
         """The same as CUDA's synchronisation warnings."""
-        from lightning.pytorch.loops.graph_watch import here
+        from lightning.pytorch.loops.graph_watch import place
 
         class Noticing(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 if func._schema.name.partition("::")[2] in READS:
-                    watch.note(f"it reads from the device{here()}")
+                    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+                    watch.note(f"it reads from the device{place(frames)}")
                 return func(*args, **(kwargs or {}))
 
         with Noticing():

@@ -81,10 +81,11 @@ class Watch:
         self.constants: dict[str, Any] = {}  # attributes of the module that the step has read, and their values
         self.containers: set[str] = set()  # such attributes that hold more than one value
         self.reason: str | None = None
+        self.paused = False  # whether what runs is no part of what would be recorded
 
     def note(self, reason: str) -> None:
         """The step can't be replayed; the first reason counts."""
-        if self.reason is None:
+        if self.reason is None and not self.paused:
             self.reason = reason
 
     def run(self, step: Callable[[Any, int], Any], batch: Any, batch_idx: int) -> Any:

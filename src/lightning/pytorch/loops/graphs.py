@@ -150,6 +150,7 @@ class StepGraphs:
         graph = self.graphs.get(key)
         if graph is not None and self.is_valid():
             return self.replay(graph, leaves)
+        self.leave()
         return work() if self.off else self.meet(key, work)
 
     def kind(self) -> tuple[Any, ...]:
@@ -179,7 +180,7 @@ class StepGraphs:
     def is_valid(self) -> bool:
         """Whether what is constant in the recordings still is so; else they are forgotten."""
         assert self.optimizer is not None
-        name = self.optimizer.follow() or self.watch.changed()
+        name = (None if self.loop.user_steps else self.optimizer.follow()) or self.watch.changed()
         if name is None:
             return True
         self.changes += 1
@@ -222,7 +223,7 @@ class StepGraphs:
         before = optimizer.host_state()
         self.watching = True
         try:
-            with ExitStack() as contexts:
+            with self.hooks_as(self.unwatched), ExitStack() as contexts:
                 if last:  # the first one may read from the device to choose kernels
                     contexts.enter_context(self.recorder.noticing(self.watch))
                 result = work()
@@ -239,6 +240,31 @@ class StepGraphs:
         if self.watch.reason is not None:
             self.give_up(self.watch.reason)
         return result
+
+    @contextmanager
+    def hooks_as(self, instead: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+        """Inside of it, ``instead`` of each hook that somebody overrides, and that runs in the middle of a step, is called."""
+        hooks = self.loop.hooks
+        heard = {name: getattr(hooks, name) for name in WITHIN if getattr(hooks, name) is not no_op}
+        for name, hook in heard.items():
+            setattr(hooks, name, instead(hook))
+        try:
+            yield
+        finally:
+            for name, hook in heard.items():
+                setattr(hooks, name, hook)
+
+    def unwatched(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """``hook``, which is never recorded, and may do as it likes."""
+
+        def run(*args: Any) -> Any:
+            self.watch.paused = True
+            try:
+                return hook(*args)
+            finally:
+                self.watch.paused = False
+
+        return run
 
     def hooked(self) -> str | None:
         """A module with hooks that are not torch's own."""
@@ -300,19 +326,15 @@ class StepGraphs:
             graph: gets them.
             rehearses: run no hooks, so that one can see whether a step can be recorded before anything has happened.
         """
-        hooks = self.loop.hooks
-        heard = {name: getattr(hooks, name) for name in WITHIN if getattr(hooks, name) is not no_op}
         assert self.optimizer is not None
-        with self.optimizer.recording(), self.logs.recording() as logged:
+
+        def instead(hook: Callable[..., Any]) -> Callable[..., Any]:
+            return no_op if rehearses else partial(self.interrupt, graph, hook)
+
+        with self.optimizer.recording(), self.logs.recording() as logged, self.hooks_as(instead):
             graph.logged = logged
-            for name, hook in heard.items():
-                setattr(hooks, name, no_op if rehearses else partial(self.interrupt, graph, hook))
             self.recorder.begin()
-            try:
-                yield
-            finally:
-                for name, hook in heard.items():
-                    setattr(hooks, name, hook)
+            yield
 
     def interrupt(self, graph: Graph, hook: Callable[..., Any], *args: Any) -> None:
         """Run a hook in the middle of a step: on values, so what was recorded until here is replayed before."""
@@ -341,12 +363,17 @@ class StepGraphs:
 
     def switch(self, graph: Graph) -> None:
         """Make the memory of another recording the one that is used."""
-        if self.current is not None:
-            for each in self.current.logged:
-                each.settle()
+        self.leave()
         for parameter, gradient in graph.gradients:
             parameter.grad = gradient
         self.current = graph
+
+    def leave(self) -> None:
+        """Something else than the current recording runs next, and may use its memory."""
+        if self.current is not None:
+            for each in self.current.logged:
+                each.settle()
+        self.current = None
 
     def follow(self, graph: Graph) -> None:
         """What the loop would have done on the host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.fabric.checkpoint.seal import DamagedCheckpoint
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
 
 class Model(LightningModule):
@@ -36,6 +38,22 @@ class Model(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+class Backwards(CheckpointIO):
+    """A format of its own: no other program can read it."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content.getvalue()[::-1])
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> Any:
+        return torch.load(io.BytesIO(Path(path).read_bytes()[::-1]), map_location=map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
 class Killed(Exception):
     pass
 
@@ -52,7 +70,7 @@ class KillAt(Callback):
             raise Killed
 
 
-def start(make_trainer: Any, kill_at: int = 0, callbacks: Any = None, **arguments: Any) -> Any:
+def start(make_trainer: Any, kill_at: int = 0, callbacks: Any = None, ckpt_path: str = "auto", **arguments: Any) -> Any:
     """What the command does, each time that it is submitted."""
     seed_everything(7, verbose=False)
     model = Model()
@@ -61,7 +79,7 @@ def start(make_trainer: Any, kill_at: int = 0, callbacks: Any = None, **argument
     trainer = make_trainer(callbacks=[KillAt(kill_at), *savers], **settings)
     data = DataLoader(torch.arange(6.0), batch_size=1, shuffle=True)  # type: ignore[arg-type]
     with contextlib.suppress(Killed):
-        trainer.fit(model, data, ckpt_path="auto")
+        trainer.fit(model, data, ckpt_path=ckpt_path)
     return trainer, model
 
 
@@ -184,6 +202,34 @@ def test_foreign_files_in_the_trainers_folder_are_nobodys_checkpoints(make_train
     trained.trainer.save_checkpoint("pretrained.ckpt")
     _, model = start(make_trainer)
     assert len(model.ids) == 12
+
+
+def saved_backwards(make_trainer: Any, wrapped: bool = False, **arguments: Any) -> Any:
+    files = AsyncCheckpointIO(Backwards()) if wrapped else Backwards()
+    saver = ModelCheckpoint("files", every_n_train_steps=2, save_top_k=-1, save_last=True)
+    return start(make_trainer, callbacks=[saver], plugins=[files], **arguments)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("ckpt_path", ["auto", "last"])
+@pytest.mark.filterwarnings("ignore:The checkpoint folder .* is not empty")
+def test_files_of_another_format_are_read_by_the_class_that_wrote_them(make_trainer: Any, ckpt_path: str, wrapped: bool) -> None:
+    _, whole = start(make_trainer, logger=CSVLogger(".", "whole"))
+    saved_backwards(make_trainer, wrapped, kill_at=7)
+    trainer, model = saved_backwards(make_trainer, wrapped, ckpt_path=ckpt_path)
+    assert os.path.basename(trainer.ckpt_path) == "last.ckpt"
+    assert torch.equal(model.layer.weight, whole.layer.weight)
+    assert len(model.ids) == 6
+
+
+def test_torn_files_of_another_format_are_named_too(make_trainer: Any) -> None:
+    saved_backwards(make_trainer, kill_at=7)
+    path = Path("files/epoch=0-step=6.ckpt")
+    path.write_bytes(path.read_bytes()[100:])
+    Path("files/last.ckpt").unlink()
+    with pytest.warns(UserWarning, match=r"epoch=0-step=4\.ckpt is used instead: .*epoch=0-step=6\.ckpt: negative seek value"):
+        _, model = saved_backwards(make_trainer)
+    assert len(model.ids) == 8
 
 
 def test_evaluation_takes_no_auto(make_trainer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,33 @@ def _sendable(error: Exception | None) -> Exception | None:
     return error if type(copy) is type(error) and str(copy) == str(error) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def _reader(trainer: Trainer) -> Callable[[str], dict[str, Any]] | None:
+    """What reads the files of a CheckpointIO of the user's own, which may have any format; None where ours are used."""
+    files = trainer.strategy.checkpoint_io
+    while (inside := getattr(files, "checkpoint_io", None)) is not None:
+        files = inside
+    if type(files).load_checkpoint.__module__.startswith("lightning.fabric."):
+        return None
+    known: dict[str, dict[str, Any]] = {}
+
+    def read(path: str) -> dict[str, Any]:
+        if path not in known:
+            known[path] = _facts(files.load_checkpoint(path, map_location="cpu"))
+        return known[path]
+
+    return read
+
+
+def _facts(content: Any) -> dict[str, Any]:
+    """What is asked for of a checkpoint, without what is large."""
+    if not isinstance(content, dict):
+        return {}
+    own = content.get("keraunos")
+    versions = own.get("versions", []) if isinstance(own, dict) else []
+    goes_on = {"optimizer_states": ()} if "optimizer_states" in content else {}
+    return {"global_step": content.get("global_step"), "keraunos": {"versions": versions}, **goes_on}
+
+
 def _best(trainer: Trainer, call: str) -> str:
     callbacks = [c for c in trainer.checkpoint_callbacks if hasattr(c, "best_model_path")]
     if not callbacks:
@@ -121,17 +148,18 @@ def _last(trainer: Trainer, call: str, fitting: bool) -> str | None:
     if not candidates:
         rank_zero_warn(f"`{call}`: no last checkpoint was found, so none is loaded. 'auto' looks for checkpoints of other names too.")
         return None
-    return newest_valid(candidates, beside=_beside(trainer, savers, fitting))
+    reader = _reader(trainer)
+    return newest_valid(candidates, beside=_beside(trainer, savers, fitting, reader), reader=reader)
 
 
-def _beside(trainer: Trainer, savers: list[Any], fitting: bool) -> Iterator[str]:
+def _beside(trainer: Trainer, savers: list[Any], fitting: bool, reader: Any) -> Iterator[str]:
     """All checkpoints in the folders of these callbacks; for ``fit``, those from which training goes on, and those that can't be read."""
     from lightning.pytorch.callbacks.checkpoint_files import find, folder_of_run
 
     for saver in savers:
         for path in sorted(find(getattr(saver, "dirpath", None) or folder_of_run(trainer), _named(saver))):
             with suppress(Exception):  # which newest_valid meets, and tells
-                if fitting and "optimizer_states" not in _content(path):
+                if fitting and "optimizer_states" not in _content(path, reader):
                     continue
             yield path
 
@@ -149,7 +177,7 @@ def _newest_hpc(trainer: Trainer) -> str | None:
     from lightning.fabric.utilities.cloud_io import join_path
 
     try:
-        return newest_valid(join_path(escape(str(trainer.default_root_dir)), "hpc_ckpt_*.ckpt"), by_name=True)
+        return newest_valid(join_path(escape(str(trainer.default_root_dir)), "hpc_ckpt_*.ckpt"), by_name=True, reader=_reader(trainer))
     except FileNotFoundError:
         return None
 
@@ -168,9 +196,10 @@ def _auto(trainer: Trainer) -> str | None:
     places, found, passed_over = _places(trainer), set[str](), list[str]()
     for folder, wanted in places:
         found |= _find(folder, wanted)
+    reader = _reader(trainer)
     while found:
-        path = newest_valid(found)
-        if "optimizer_states" in _content(path):
+        path = newest_valid(found, reader=reader)
+        if "optimizer_states" in _content(path, reader):
             return path
         found.discard(path)
         passed_over.append(path)
@@ -220,10 +249,12 @@ def _find(folder: str, wanted: re.Pattern[str]) -> set[str]:
     return {join_path(folder, name) for name in names if wanted.fullmatch(name)}
 
 
-def _content(path: str) -> dict[str, Any]:
+def _content(path: str, reader: Callable[[str], dict[str, Any]] | None) -> dict[str, Any]:
     """A checkpoint without its tensors."""
-    from lightning.fabric.checkpoint.generations import without_tensors
+    from lightning.fabric.checkpoint.generations import has_seal, without_tensors
 
+    if reader is not None and not has_seal(path):
+        return reader(path)
     content = without_tensors(path)
     return content if isinstance(content, dict) else {}
 
@@ -232,7 +263,7 @@ def go_on_logging(trainer: Trainer, path: str) -> None:
     """Let loggers that would take the next free version go on with that of the run which saved the checkpoint."""
     from lightning.fabric.loggers.logger import FolderLogger
 
-    versions = _content(path).get("keraunos", {}).get("versions", [])
+    versions = _content(path, _reader(trainer)).get("keraunos", {}).get("versions", [])
     for logger, version in zip(trainer.loggers, versions):
         if isinstance(logger, FolderLogger) and logger._version is None and version is not None:
             logger._version = version

@@ -6,7 +6,7 @@ import errno
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, Any
 
 from lightning.fabric.checkpoint import io, seal, sharded
@@ -16,15 +16,17 @@ from lightning.fabric.utilities.cloud_io import get_filesystem, join_path, local
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 EXTENSION = ".ckpt"
+Reader = Callable[[str], Any]  # reads a checkpoint that may have another format than ours; what it can read is whole
 
 
-def generation_of(path: PathLike) -> Generation | None:
+def generation_of(path: PathLike, reader: Reader | None = None) -> Generation | None:
     """Which generation a checkpoint is of, read from its seal: a few bytes, and no tensors.
 
     Of a file without a seal, such as Lightning writes, the entry ``global_step`` is read, safely, with its tensors left on the disk.
 
     Args:
         path: of a file, or of the directory of a sharded checkpoint; or a URL.
+        reader: reads those without a seal, if they are not as torch writes them.
 
     Returns:
         The generation; None if the file does not tell any.
@@ -34,16 +36,31 @@ def generation_of(path: PathLike) -> Generation | None:
         OSError: if it can't be read.
     """
     text = os.fspath(path)
-    with _open(text) as file:
-        found = seal.read_seal(file, repr(text))
+    found = None if reader is not None and _is_other_directory(text) else _seal_of(text)
     if found is not None:
         return found.generation
     try:
-        content = without_tensors(text)
+        content = without_tensors(text) if reader is None else reader(text)
     except pickle.UnpicklingError:
         return None  # it holds what only weights_only=False reads, its global_step as well
     step = content.get("global_step") if isinstance(content, dict) else None
     return Generation(step, 0) if type(step) is int else None
+
+
+def has_seal(path: PathLike) -> bool:
+    """Whether a checkpoint is one that we wrote, file or directory."""
+    text = os.fspath(path)
+    return not _is_other_directory(text) and _seal_of(text) is not None
+
+
+def _seal_of(text: str) -> seal.Seal | None:
+    with _open(text) as file:
+        return seal.read_seal(file, repr(text))
+
+
+def _is_other_directory(text: str) -> bool:
+    local = local_path(text)
+    return local is not None and os.path.isdir(local) and not sharded.is_sharded_checkpoint(local)
 
 
 def without_tensors(path: PathLike) -> Any:
@@ -81,7 +98,7 @@ def verify(path: PathLike) -> None:
         seal.verify(file, repr(text))
 
 
-def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, beside: Iterable[PathLike] = ()) -> str:
+def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, beside: Iterable[PathLike] = (), reader: Reader | None = None) -> str:
     """The checkpoint of the highest generation that is whole. Modification times are not looked at.
 
     The candidates are tried from the highest generation down: each is read to its end, so that what is returned can be loaded. Those that
@@ -92,6 +109,7 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, be
         where: a folder, whose ``*.ckpt`` are looked at, files and directories; a pattern such as ``runs/*/last*.ckpt``; or paths.
         by_name: let the numbers in the names decide, before the generations.
         beside: more paths, which count like the others once one of those turns out to be damaged; not iterated over before.
+        reader: reads all that have no seal, if they are not as torch writes them.
 
     Returns:
         Its path.
@@ -104,17 +122,18 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, be
     if not paths:
         raise FileNotFoundError(errno.ENOENT, "There is no checkpoint", str(where))
     broken: list[str] = []
-    ranked = _ranked(paths, by_name, broken)
+    ranked = _ranked(paths, by_name, broken, reader)
     stood_by: Iterable[PathLike] | None = beside
     while ranked or (broken and stood_by is not None):
         if broken and stood_by is not None:
             others = [path for path in _candidates(stood_by) if path not in paths]
-            ranked = sorted(ranked + _ranked(others, by_name, broken))
+            ranked = sorted(ranked + _ranked(others, by_name, broken, reader))
             paths, stood_by = paths + others, None
             continue
         path = ranked.pop()[1]
         try:
-            verify(path)
+            if reader is None or has_seal(path):  # else it was read
+                verify(path)
         except (DamagedCheckpoint, OSError) as error:
             broken.append(f"{path}: {error}")
             continue
@@ -124,12 +143,12 @@ def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, be
     raise DamagedCheckpoint(f"None of the {len(paths)} checkpoints found can be read: " + "; ".join(broken))
 
 
-def _ranked(paths: list[str], by_name: bool, broken: list[str]) -> list[tuple[Any, str]]:
+def _ranked(paths: list[str], by_name: bool, broken: list[str], reader: Reader | None) -> list[tuple[Any, str]]:
     """What the paths are compared by, and the paths, from the lowest up; what is wrong with the others goes to ``broken``."""
     ranked: list[tuple[Any, str]] = []
     for path in paths:
         try:
-            generation, numbers = generation_of(path) or Generation(-1, 0), _by_numbers(path)
+            generation, numbers = generation_of(path, reader) or Generation(-1, 0), _by_numbers(path)
             ranked.append(((numbers, generation) if by_name else (generation, numbers), path))
         except Exception as error:  # whatever the contents of a foreign file lead to
             broken.append(f"{path}: {error}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning.pytorch.loops import batches
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
+
+from simulated_device import Event, World
+
+from lightning.pytorch.loops import batches, input_bound
 from lightning.pytorch.loops.batches import Waits, counted, looked_ahead
-from lightning.pytorch.loops.input_bound import advice_for
+from lightning.pytorch.loops.input_bound import DeviceIdle, advice_for
 
 
 class Slow(Dataset[Tensor]):
@@ -112,31 +118,36 @@ def test_a_long_epoch_is_told_before_its_end(Weight: Any, make_trainer: Any, tol
 # ---- what counts as waiting -------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """A time that stands still unless somebody takes some."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def run_of(
-    source: Any, monkeypatch: pytest.MonkeyPatch, fetch: float, step: float, idle: Any = None, first: float = 0.0, elsewhere: float = 0.0
+    source: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    fetch: float,
+    step: float,
+    first: float = 0.0,
+    device: float | None = None,
+    burst: int = 1,
 ) -> list[tuple[float, float, int]]:
-    clock, found = Clock(), list[tuple[float, float, int]]()
-    monkeypatch.setattr(batches, "perf_counter", clock)
+    """What is told where every ``burst``-th batch takes ``fetch`` seconds, and each step its own on the host, and then on a device."""
+    world, found = World(), list[tuple[float, float, int]]()
+    monkeypatch.setattr(batches, "perf_counter", lambda: world.now)
+    monkeypatch.setattr(input_bound.time, "perf_counter", lambda: world.now)
     monkeypatch.setattr(batches, "FIRST_LOOK", math.inf)
+
+    class SimulatedIdle(DeviceIdle):
+        def _event(self) -> Any:
+            return Event(world)
 
     def loader() -> Iterator[int]:
         for index in range(100):
-            clock.now += fetch + (first if index == 0 else 0)
+            world.now += (fetch if index % burst == 0 else 0) + (first if index == 0 else 0)
             yield index
 
+    idle = None if device is None else SimulatedIdle(world)
     waits = Waits(idle, lambda waits: found.append((round(waits.seconds, 6), round(waits.whole, 6), waits.batches)))
     for _ in source(loader(), 0, 100, lambda batch: batch, waits=waits):
-        clock.now += step
+        world.now += step
+        world.launch(device or 0.0)
+    assert world.waited == 0
     return found
 
 
@@ -156,10 +167,18 @@ def test_the_numbers_are_those_after_the_first_batch(monkeypatch: pytest.MonkeyP
     assert run_of(counted, monkeypatch, 1.0, 1.0, first=1000.0) == [(99.0, 199.0, 99)]
 
 
-@pytest.mark.parametrize("source", [counted, looked_ahead])
-def test_a_wait_counts_if_the_device_had_nothing_to_do(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_of(source, monkeypatch, 1.0, 1.0, idle=lambda: False) == []
-    assert len(run_of(source, monkeypatch, 1.0, 1.0, idle=lambda: True)) == 1
+def test_a_wait_counts_for_as_long_as_the_device_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_of(counted, monkeypatch, 1.0, 0.0, device=2.0) == []  # it is busy all the time
+    assert run_of(counted, monkeypatch, 1.0, 0.0, device=0.9) == []  # most of the time
+    # In the first wait the clocks are tied to each other.
+    assert run_of(counted, monkeypatch, 1.0, 0.0, device=0.25) == [(98 * 0.75, 99.0, 99)]
+    assert run_of(counted, monkeypatch, 1.0, 0.125, device=0.25) == [(98 * 0.75, 99 * 1.125 + 0.125, 99)]
+
+
+def test_batches_that_come_in_bursts_are_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four steps of 0.25 s are launched at once, while the next four batches are made.
+    assert run_of(counted, monkeypatch, 2.0, 0.0, device=0.25, burst=4) == [(23 * 1.0, 48.0, 99)]
+    assert run_of(counted, monkeypatch, 2.0, 0.0, device=0.45, burst=4) == []
 
 
 # ---- advice -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
+
+from simulated_device import Event, World
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -192,43 +197,6 @@ def test_the_line_names_the_longest_first() -> None:
 
 
 # ---- a device that is behind ------------------------------------------------------------------------------------------
-
-
-class World:
-    """A host and a device with one clock, on which nothing takes time unless it is told to."""
-
-    def __init__(self) -> None:
-        self.now = self.free = 1000.0
-        self.waited = 0
-
-    def launch(self, seconds: float) -> None:
-        """Work for the device."""
-        self.free = max(self.now, self.free) + seconds
-
-    def synchronize(self) -> None:
-        self.now = max(self.now, self.free)
-
-
-class Event:
-    """An event in the device's queue."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.at = world, 0.0
-
-    def record(self, stream: Any) -> None:
-        self.at = max(self.world.now, self.world.free)
-
-    def query(self) -> bool:
-        return self.at <= self.world.now
-
-    def synchronize(self) -> None:
-        self.world.waited += not self.query()
-        self.world.now = max(self.world.now, self.at)
-
-    def elapsed_time(self, end: Event) -> float:
-        assert self.query()  # else it can't be asked for
-        assert end.query()
-        return (end.at - self.at) * 1000
 
 
 class SimulatedDevice(_Device):

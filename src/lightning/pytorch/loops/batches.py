@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.data import has_iterable_dataset, sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.input_bound import DeviceIdle
+
 Prepare = Callable[[Any], Any]
 
-SHORT = 5e-5  # seconds: what is not worth to ask the device about
+SHORT = 5e-5  # seconds that are no wait
 FIRST_LOOK = 30.0  # seconds of an epoch after which waits are looked at for the first time, if it takes so long
 LEAST_SECONDS, LEAST_BATCHES, SHARE = 5.0, 50, 0.3  # from when on, and from which part of the time on, it is worth a word
 NEVER = float("inf")
@@ -23,7 +26,7 @@ class Waits:
     """How long an epoch has waited for its loader, after its first batch, while the device had nothing to do.
 
     Args:
-        idle: whether the device has done all that it was given, without waiting for it; None where it always has.
+        device: says for how much of a wait a device that works behind the host had nothing to do; None where it always has.
         tell: called with this object where it turns out that the loader holds up training, once.
 
     Attributes:
@@ -33,8 +36,8 @@ class Waits:
         batches: that were waited for.
     """
 
-    def __init__(self, idle: Callable[[], bool] | None = None, tell: Callable[[Waits], None] | None = None) -> None:
-        self.idle = idle
+    def __init__(self, device: DeviceIdle | None = None, tell: Callable[[Waits], None] | None = None) -> None:
+        self.device = device
         self.tell = tell
         self.begin()
 
@@ -53,7 +56,7 @@ class Waits:
         self.look_at = now + max(now - self.began, FIRST_LOOK)
         enough = self.whole >= LEAST_SECONDS and self.batches >= LEAST_BATCHES
         if enough and self.tell is not None and self.seconds > SHARE * self.whole:
-            tell, self.tell = self.tell, None
+            tell, self.tell, self.device = self.tell, None, None
             tell(self)
 
 
@@ -71,17 +74,19 @@ def counted(
         waits: takes the time; the epoch's own.
     """
     index, waits, left = start, waits or Waits(), NEVER
-    idle = waits.idle
+    device = waits.device
     # A loader that is not limited is read to its very end, as by a `for` loop: its sampler and its workers finish.
     for batch in islice(loader, *bounds(start, float("inf") if stop == sized_len(loader) else stop, begins_at)):
         index += 1
-        if (now := perf_counter()) - left > SHORT and (idle is None or idle()):
-            waits.seconds += now - left
+        if (now := perf_counter()) - left > SHORT:
+            waits.seconds += now - left if device is None else device.idle_between(left, now)
         if now >= waits.look_at:
             waits.take(now, index)
         batch = prepare(batch)  # under the same name: what came from the loader is of no more use
         yield batch, index == stop
         left = perf_counter()
+        if device is not None and device.is_timed:
+            device.end_step()
     if index > start:
         waits.take(left, index)
 
@@ -121,18 +126,20 @@ def looked_ahead(
             ) from None
         return
     index, waits, left = start + 1, waits or Waits(), NEVER
-    idle = waits.idle
+    device = waits.device
     waits.take(perf_counter(), index)
     for following in batches:
         index += 1
-        if (now := perf_counter()) - left > SHORT and (idle is None or idle()):
-            waits.seconds += now - left
+        if (now := perf_counter()) - left > SHORT:
+            waits.seconds += now - left if device is None else device.idle_between(left, now)
         if now >= waits.look_at:
             waits.take(now, index)
         batch = prepare(batch)
         yield batch, False
         batch = following
         left = perf_counter()
+        if device is not None and device.is_timed:
+            device.end_step()
     if stop == sized_len(loader) and not has_iterable_dataset(getattr(loader, "loader", loader)):  # of which some give more than they say
         next(source, None)  # as by a `for` loop: its sampler finishes, which may be where it makes ready for the next epoch
     batch, following = prepare(batch), None

@@ -69,8 +69,12 @@ class Fetched:
 
 def waits(trainer: Trainer) -> Waits:
     """What takes the time for which training waits for its loader, and says it where that is much."""
-    device = trainer.strategy.root_device
-    return Waits(torch.cuda.current_stream(device).query if device.type == "cuda" else None, partial(_tell_of_waits, trainer))
+    device, idle = trainer.strategy.root_device, None
+    if device.type == "cuda":
+        from lightning.pytorch.loops.input_bound import DeviceIdle
+
+        idle = DeviceIdle(torch.cuda.current_stream(device))
+    return Waits(idle, partial(_tell_of_waits, trainer))
 
 
 def _tell_of_waits(trainer: Trainer, waits: Waits) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -13,7 +15,50 @@ if TYPE_CHECKING:
     from lightning.pytorch.loops.batches import Waits
     from lightning.pytorch.trainer.trainer import Trainer
 
+LONG = 2e-4  # seconds that are worth a question to the device
 QUICK = 1e-3  # seconds for a batch, below which processes that make batches hand them over no faster
+
+
+class DeviceIdle:
+    """For how much of a wait a CUDA device had nothing to do.
+
+    At the end of a long wait the device is asked whether it is done. If so, an event that it reaches at once ties its clock to the
+    host's; from then on an event after each step says when it was done. Nobody waits for either.
+
+    Args:
+        stream: its queue.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.is_timed = False  # whether the clocks are tied
+        self._tie: Any = None
+        self._tied_at = 0.0
+        self._step_end: Any = None  # recorded after the clocks were tied
+        self._is_behind_tie = False
+
+    def idle_between(self, began: float, ended: float) -> float:
+        """The seconds without work in a wait that is over now."""
+        if ended - began < LONG or not self.stream.query():
+            return 0.0
+        idle = 0.0
+        if self._is_behind_tie:
+            done = self._tied_at + self._tie.elapsed_time(self._step_end) / 1000
+            idle = min(max(ended - done, 0.0), ended - began)
+        if not self.is_timed:
+            self._tie, self._step_end = self._event(), self._event()
+            self.is_timed = True
+        self._tie.record(self.stream)
+        self._tied_at, self._is_behind_tie = time.perf_counter(), False
+        return idle
+
+    def end_step(self) -> None:
+        """A step was launched."""
+        self._step_end.record(self.stream)
+        self._is_behind_tie = True
+
+    def _event(self) -> Any:
+        return torch.cuda.Event(enable_timing=True)
 
 
 def tell(trainer: Trainer, waits: Waits) -> None:

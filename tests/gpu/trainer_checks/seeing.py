@@ -34,8 +34,8 @@ def checks(place: Place) -> list[Check]:
 class Asleep(Classifier):
     """A model whose step keeps the GPU, not the host, busy."""
 
-    def __init__(self, place: Place, seconds: float) -> None:
-        super().__init__("mlp")
+    def __init__(self, place: Place, seconds: float, **options: Any) -> None:
+        super().__init__("mlp", **options)
         self.place, self.seconds = place, seconds
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -86,9 +86,11 @@ def times(place: Place) -> str:
     place.require_cuda()
     step = seconds_asleep(place, 0.01)
     trainer = place.trainer(max_epochs=2, profiler="epoch")
-    trainer.fit(Asleep(place, 0.01), batches(20, pin=True))
+    trainer.fit(Asleep(place, 0.01, log={"on_epoch": True}), batches(20, pin=True))
     for found in trainer.profiler.times:
         assert 0.95 * 20 * step < found["device_steps"] < 1.3 * 20 * step, (found, step)
+        assert found["device_wait"] > 0.5 * found["whole"], found  # where the values of the epoch are read
+        assert found["logging"] < 0.1 * found["whole"], found
     return f"{trainer.profiler.times[-1]}, a sleep takes {step * 1e3:.2f} ms"
 
 

@@ -14,17 +14,11 @@ Only public names are used, so the same script measures whichever ``lightning`` 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe_machine
+from turns import TurnTaking, be_quiet, run_elsewhere, silence
 
 try:
     import lightning.pytorch as L
@@ -95,46 +90,6 @@ def by_hand(device: torch.device, mixed: bool) -> Callable[[list[Batch]], None]:
     return run
 
 
-class TurnTaking:
-    """An iterable of batches which lets the hand-written loop run between two blocks of them.
-
-    Args:
-        device: where the batches lie.
-        blocks: measured blocks of each loop.
-        steps: batches in a block.
-        other: runs the hand-written loop over some batches.
-    """
-
-    def __init__(self, device: torch.device, blocks: int, steps: int, other: Callable[[list[Batch]], None]) -> None:
-        self.device, self.blocks, self.other = device, blocks, other
-        self.warm_up = max(2, blocks // 6)
-        data = [(torch.randn(BATCH, WIDTH, device=device), torch.randint(10, (BATCH,), device=device)) for _ in range(8)]
-        self.batches = [data[i % len(data)] for i in range(steps)]
-        self.ours: list[float] = []
-        self.theirs: list[float] = []
-
-    def __len__(self) -> int:
-        return (self.blocks + self.warm_up) * len(self.batches) + 1  # one batch more: asking for it ends the last block
-
-    def __iter__(self) -> Iterator[Batch]:
-        for block in range(-self.warm_up, self.blocks):
-            start = self.now()
-            self.other(self.batches)
-            middle = self.now()
-            yield from self.batches
-            end = self.now()
-            if block >= 0:
-                self.theirs.append((middle - start) / len(self.batches) * 1e6)
-                self.ours.append((end - middle) / len(self.batches) * 1e6)
-        yield self.batches[0]
-
-    def now(self) -> float:
-        """The time when the GPU is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
 def progress_bar() -> dict[str, Any]:
     from importlib import import_module
 
@@ -163,7 +118,9 @@ def measure(name: str, device: torch.device, blocks: int, steps: int) -> dict[st
     """Microseconds per step of both loops, or the error that the trainer raises."""
     precision, log, arguments = VARIANTS[name]
     torch.manual_seed(0)
-    source = TurnTaking(device, blocks, steps, by_hand(device, precision == "bf16-mixed"))
+    run = by_hand(device, precision == "bf16-mixed")
+    data = [(torch.randn(BATCH, WIDTH, device=device), torch.randint(10, (BATCH,), device=device)) for _ in range(8)]
+    source = TurnTaking(device, [data[i % len(data)] for i in range(steps)], blocks, {"by hand": run})
     options: dict[str, Any] = {
         "accelerator": device.type, "devices": [device.index or 0] if device.type == "cuda" else 1, "precision": precision, "max_epochs": 1,
         "gradient_clip_val": CLIP, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
@@ -173,32 +130,28 @@ def measure(name: str, device: torch.device, blocks: int, steps: int) -> dict[st
         L.Trainer(**{**options, **arguments()}).fit(Perceptron(log), source)
     except RuntimeError as error:  # Lightning refuses to clip in mixed precision with a fused optimizer
         return {"error": str(error).splitlines()[0]}
-    ours, theirs = statistics.median(source.ours), statistics.median(source.theirs)
+    ours, theirs = source.times["trainer"], source.times["by hand"]
     return {
-        "by_hand": theirs,
-        "trainer": ours,
-        "overhead": statistics.median(a - b for a, b in zip(source.ours, source.theirs)),
-        "ratio": statistics.median(a / b for a, b in zip(source.ours, source.theirs)),
+        "by_hand": statistics.median(theirs),
+        "trainer": statistics.median(ours),
+        "overhead": statistics.median(a - b for a, b in zip(ours, theirs)),
+        "ratio": statistics.median(a / b for a, b in zip(ours, theirs)),
     }
 
 
 def measure_all(names: list[str], device: torch.device, blocks: int, steps: int) -> dict[str, Any]:
     """All variants with the ``lightning`` of this interpreter."""
-    warnings.simplefilter("ignore")
-    for logger in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    be_quiet()
     results = {}
     for name in names:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with silence():
             results[name] = measure(name, device, blocks, steps)
     return {"version": L.__version__, "torch": torch.__version__, "variants": results}
 
 
 def measure_elsewhere(python: str, arguments: list[str]) -> dict[str, Any]:
     """The same with the ``lightning`` of another interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([python, __file__, "--measure", *arguments], capture_output=True, text=True, env=environment)
+    done = run_elsewhere(python, __file__, ["--measure", *arguments], capture_output=True)
     if done.returncode:
         sys.exit(f"{python} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

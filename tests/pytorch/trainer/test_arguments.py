@@ -47,7 +47,7 @@ def test_replaced_arguments_are_none_that_the_trainer_has() -> None:
 
 def test_signature_is_that_of_the_arguments() -> None:
     parameters = inspect.signature(Trainer).parameters
-    assert len(parameters) == 49
+    assert len(parameters) == 50
     assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 

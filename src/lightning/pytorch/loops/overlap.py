@@ -1,0 +1,121 @@
+"""``Trainer(overlap_transfer=True)``: a batch is copied to the device while the step before is still computed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+FIRST = 3  # transfers of a user's own that are looked at
+
+
+class OverlappedTransfer:
+    """Moves batches to a CUDA device on a stream of their own.
+
+    The loop asks for a batch as soon as the host has launched the step before, which the device may not even have begun. On the
+    stream of the steps the copy would wait for all of that; on its own it runs meanwhile, if the batch lies in pinned memory, and the
+    next step waits for it. No batch is fetched any earlier than without: what is resumed, and who draws which random numbers, stay.
+
+    Args:
+        transfer: moves a batch.
+        device: to which.
+        is_users: whether it is the user's own: one that reads tensors of the device, which steps may still write, runs on their stream.
+    """
+
+    def __init__(self, transfer: Callable[..., Any], device: torch.device, is_users: bool = False) -> None:
+        self.transfer, self.device = transfer, device
+        self.stream = stream_for_copies(device)
+        self.unknown = FIRST if is_users else 0
+        self.apart = True
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.apart or is_on(batch, self.device):
+            return self.transfer(batch, *args, **kwargs)
+        if self.unknown:
+            return self.look(batch, *args, **kwargs)
+        with torch.cuda.stream(self.stream):
+            moved = self.transfer(batch, *args, **kwargs)
+        steps = torch.cuda.current_stream(self.device)
+        steps.wait_stream(self.stream)
+        for tensor in tensors_in(moved):
+            if tensor.is_cuda:
+                tensor.record_stream(steps)  # its memory must not be given to a later batch while a step reads it
+        return moved
+
+    def look(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move a batch on the stream of the steps, and see whether the user's transfer reads what is on the device already."""
+        self.unknown -= 1
+        with Reading(self.device) as reading:
+            moved = self.transfer(batch, *args, **kwargs)
+        if reading.found is not None:
+            self.apart = False
+            rank_zero_warn(
+                "Trainer(overlap_transfer=True): `transfer_batch_to_device` reads tensors that are on the device already "
+                f"({reading.found}), which steps may still write. So batches are not copied on a stream of their own. Compute in "
+                "`on_after_batch_transfer`."
+            )
+        return moved
+
+
+@cache
+def stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for it: memory that was allocated on a stream is used again on it alone."""
+    return torch.cuda.Stream(device)
+
+
+class Reading(TorchDispatchMode):
+    """Sees whether anything inside of it reads a tensor of a device that is older.
+
+    Args:
+        device: which.
+
+    Attributes:
+        found: the operation that does; None if there is none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.found: str | None = None
+        self.made: set[int] = set()
+        self.kept: list[Any] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs or {})):
+            if isinstance(tensor, Tensor) and tensor.device == self.device and id(tensor) not in self.made:
+                self.found = str(func)
+        result = func(*args, **(kwargs or {}))
+        self.made.update(id(each) for each in tree_leaves(result))
+        self.kept.append(result)
+        return result
+
+
+def is_on(batch: Any, device: torch.device) -> bool:
+    """Whether the first tensor of a batch is on a device; of the usual structures."""
+    while isinstance(batch, (list, tuple, Mapping)) and batch:
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return isinstance(batch, Tensor) and batch.device == device
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (list, tuple)):
+        for each in batch:
+            yield from tensors_in(each)
+    elif isinstance(batch, Mapping):
+        for each in batch.values():
+            yield from tensors_in(each)
+    else:
+        found: list[Tensor] = []
+        apply_to_collection(batch, Tensor, found.append)
+        yield from found

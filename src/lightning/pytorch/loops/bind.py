@@ -94,9 +94,10 @@ def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:
     convert = strategy.precision.convert_input if type(strategy.precision).convert_input is not Precision.convert_input else None
     if before is None and move is None and after is None and convert is None:
         if type(strategy).batch_to_device is Strategy.batch_to_device:
-            return profiled(trainer, partial(move_data_to_device, device=device), span)
-        return profiled(trainer, partial(strategy.batch_to_device, device=device, dataloader_idx=dataloader_idx), span)
-    transfer_to = move or profiled(trainer, strategy.batch_to_device, span)
+            return profiled(trainer, _overlapping(trainer, partial(move_data_to_device, device=device), False), span)
+        own = partial(strategy.batch_to_device, device=device, dataloader_idx=dataloader_idx)
+        return profiled(trainer, _overlapping(trainer, own, True), span)
+    transfer_to = _overlapping(trainer, move or profiled(trainer, strategy.batch_to_device, span), move is not None)
 
     def through_hooks(batch: Any) -> Any:
         if convert is not None:
@@ -107,6 +108,16 @@ def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:
         return batch if after is None else after(batch, dataloader_idx)
 
     return through_hooks
+
+
+def _overlapping(trainer: Trainer, transfer: Callable[..., Any], is_users: bool) -> Callable[..., Any]:
+    """``transfer`` on a stream of its own, where that was asked for and the device has streams."""
+    device = trainer.strategy.root_device
+    if not trainer._config.overlap_transfer or device.type != "cuda":
+        return transfer
+    from lightning.pytorch.loops.overlap import OverlappedTransfer
+
+    return OverlappedTransfer(transfer, device, is_users)
 
 
 def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:

@@ -23,6 +23,7 @@ __all__ = [
     "broadcast",
     "broadcast_tensors",
     "compare",
+    "gather_bytes",
     "gather_object",
     "host_device",
     "is_distributed",
@@ -278,6 +279,29 @@ def gather_object(obj: T, group: Any = None) -> list[T]:
     padded[: data.numel()] = data
     rows = _all_gather(padded, group).cpu().numpy()
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def gather_bytes(data: Tensor, dst: int = 0, group: Any = None) -> tuple[Tensor, list[int]] | None:
+    """Bring the bytes of all processes to one of them; every one must call it.
+
+    Args:
+        data: bytes on the host, as many as each process has.
+        dst: the global rank of the process that gets them.
+        group: the processes; None for all.
+
+    Returns:
+        there the bytes of all, one after another in the order of their ranks, and the size of each; None in the other processes.
+    """
+    if not is_distributed():
+        return data, [data.numel()]
+    device = host_device(group)
+    sizes = _all_gather(torch.tensor(data.numel(), device=device), group).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data.to(device)
+    receives = torch.distributed.get_rank() == dst
+    rows = list(padded.new_empty((len(sizes), padded.numel()))) if receives else None
+    torch.distributed.gather(padded, rows, dst, group=group)
+    return (torch.cat([row[:size] for row, size in zip(rows, sizes)]).cpu(), sizes) if rows is not None else None
 
 
 class _Pickler(pickle.Pickler):

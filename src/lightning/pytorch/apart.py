@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.packed import opened
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
@@ -44,14 +45,14 @@ def differences(trainer: Trainer, callbacks: dict[str, Any]) -> State:
 
 def found_in(trainer: Trainer, checkpoint: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What the checkpoint holds for this process beside rank 0's; nothing for another number of processes."""
-    saved = checkpoint.get("keraunos", {}).get("processes") or []
+    saved = opened(checkpoint.get("keraunos", {}).get("processes"))
     part = saved[trainer.global_rank] if len(saved) == trainer.world_size else None
     return dict((part or {}).get("apart", {}).get(kind, {}))
 
 
 def give_back(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     """Give this process its buffers; callbacks have their states by then."""
-    saved = checkpoint.get("keraunos", {}).get("processes") or []
+    saved = opened(checkpoint.get("keraunos", {}).get("processes"))
     if len(saved) != trainer.world_size:
         names = sorted({name for part in saved if part for kind in part.get("apart", {}).values() for name in kind})
         if names:

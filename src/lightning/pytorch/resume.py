@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning.fabric.collectives import is_distributed
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.seed import collect_rng_states
+from lightning.pytorch import packed
 from lightning.pytorch.loops.progress import Next
 from lightning.pytorch.metric_entry import Entry, Options, is_metric
 
@@ -26,10 +28,10 @@ KEPT = ("value", "total", "host_total", "weight", "serial", "merged", "dtype")  
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def states(trainer: Trainer, gradients: Collection[str] = (), callbacks: State | None = None) -> list[State | None]:
+def states(trainer: Trainer, gradients: Collection[str] = (), callbacks: State | None = None) -> Any:
     """The state of every process, in the order of their ranks; all must call it.
 
-    A process that fails can't ask the others, and has None in their places.
+    A process that fails can't ask the others, and has None in their places. The states of very many are packed, on rank 0 alone.
 
     Args:
         trainer: whose run.
@@ -42,6 +44,8 @@ def states(trainer: Trainer, gradients: Collection[str] = (), callbacks: State |
     own["apart"] = differences(trainer, callbacks or {})
     found = strategy.own_gradients() if gradients and strategy.world_size > 1 else {}
     own["gradients"] = {name: gradient for name, gradient in found.items() if name in gradients}
+    if strategy.world_size >= packed.MANY and is_distributed() and not getattr(strategy, "failing", False):
+        return packed.gather_packed(own)
     return [own] if strategy.world_size == 1 else strategy.gather_objects(own)
 
 
@@ -120,7 +124,7 @@ def _metrics_within(trainer: Trainer) -> Iterator[tuple[str, Any]]:
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
-def own_part(saved: list[State | None] | None, rank: int, world_size: int) -> State | None:
+def own_part(saved: Any, rank: int, world_size: int) -> State | None:
     """The state that a process goes on from; None if the checkpoint holds none.
 
     Args:
@@ -128,16 +132,18 @@ def own_part(saved: list[State | None] | None, rank: int, world_size: int) -> St
         rank: of this process.
         world_size: how many there are now.
     """
+    saved = packed.opened(saved)
     if not saved:
         return None
     if len(saved) == world_size:
-        if saved[rank] is None:
+        own: State | None = saved[rank]
+        if own is None:
             rank_zero_warn(
                 "The checkpoint was saved by a process that failed, which knew nothing of the others: the random numbers of those, and "
                 "what they have logged in the epoch, are not those of the interrupted run."
             )
-        return saved[rank]
-    return _resharded(saved, rank)
+        return own
+    return _resharded(list(saved), rank)
 
 
 def _resharded(saved: list[State | None], rank: int) -> State | None:

@@ -47,7 +47,10 @@ check() { # name of a script, then its arguments
 check check_precision_cuda.py "$@"
 case " $* " in
 *" cpu "*) summary+="check_utilities_cuda.py    skipped: needs CUDA"$'\n' ;;
-*) check check_utilities_cuda.py ;;
+*)
+    check check_utilities_cuda.py
+    check check_transfer_cuda.py
+    ;;
 esac
 check check_trainer_cuda.py "$@"
 check check_memory_cuda.py "$@"

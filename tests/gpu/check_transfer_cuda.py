@@ -1,0 +1,147 @@
+"""Check on a CUDA machine that batches are copied while steps are computed: ``python tests/gpu/check_transfer_cuda.py``.
+
+Each check asserts and prints a line. ``--quick`` takes fewer steps.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning.pytorch import LightningModule, Trainer
+
+CUDA = torch.device("cuda")
+STEPS = 20 if "--quick" in sys.argv else 60
+WIDTH = 2**22  # float32: 16 MB for each sample, which a copy needs about as long for as the step below computes
+
+
+class Big(Dataset[Tensor]):
+    """Samples whose every element is their number, so that a torn or a mixed up one shows."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.full((WIDTH,), float(index))
+
+    def __len__(self) -> int:
+        return STEPS
+
+
+class Pinned:
+    """Batches that lie in pinned memory already, so that only the copy takes time."""
+
+    def __init__(self) -> None:
+        self.batches = [torch.full((4, WIDTH), float(index)).pin_memory() for index in range(4)]
+
+    def __iter__(self) -> Any:
+        return (self.batches[index % 4] for index in range(STEPS))
+
+    def __len__(self) -> int:
+        return STEPS
+
+
+class Model(LightningModule):
+    """Computes for a while, and keeps what it has seen of each batch, on the device."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4096, 4096)
+        self.rounds = rounds
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        first = batch.flatten()[:4096]
+        x = first.expand(4096, 4096)
+        for _ in range(self.rounds):
+            x = torch.tanh(self.layer(x))
+        self.seen.append(torch.stack([batch.min(), batch.max()]))  # after the work: memory that was given away shows here
+        return x.mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def fitted(model: LightningModule, loader: Any, **arguments: Any) -> float:
+    """The seconds of an epoch after the first one."""
+    trainer = Trainer(
+        accelerator="gpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **arguments,
+    )  # fmt: skip
+    times: list[float] = []
+
+    def now(*_: Any) -> None:
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    model.on_train_epoch_start = model.on_train_epoch_end = now  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, loader)
+    return times[3] - times[2]
+
+
+def check_batches_arrive_whole() -> None:
+    for loader in (DataLoader(Big(), batch_size=4, pin_memory=True), DataLoader(Big(), batch_size=4)):
+        model = Model(2)
+        fitted(model, loader, overlap_transfer=True)
+        for index, seen in enumerate(model.seen):
+            first = index % (STEPS // 4) * 4
+            assert seen.tolist() == [first, first + 3], (index, seen.tolist())
+
+
+def check_copies_run_beside_steps() -> None:
+    rounds = 2
+    while fitted(Model(rounds), Pinned()) < 1.3 * fitted(Model(0), Pinned()):
+        rounds *= 2  # until the work of a step takes a good part of the time
+    apart, alone = fitted(Model(rounds), Pinned(), overlap_transfer=True), fitted(Model(rounds), Pinned())
+    print(f"    an epoch takes {apart * 1e3:.0f} ms with copies beside steps, {alone * 1e3:.0f} ms with copies between them")
+    assert apart < 0.95 * alone
+
+
+def check_own_transfer_that_reads_the_device_is_noticed() -> None:
+    class Normalising(Model):
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            return batch.to(device, non_blocking=True) - self.layer.bias.sum() * 0
+
+    class Copying(Model):
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            return batch.to(device, non_blocking=True) * 1.0
+
+    for kind, expected in ((Normalising, 1), (Copying, 0)):
+        model = kind(1)
+        trainer = Trainer(
+            accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, overlap_transfer=True,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(model, Pinned())
+        assert sum("overlap_transfer" in str(each.message) for each in caught) == expected, [str(each.message) for each in caught]
+        assert [each.tolist() for each in model.seen] == [[index % 4, index % 4] for index in range(STEPS)]
+
+
+def check_no_sync() -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fitted_model = Model(1)
+        fitted_model.on_train_epoch_start = fitted_model.on_train_epoch_end = lambda *_: None  # type: ignore[assignment]
+        Trainer(
+            accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, overlap_transfer=True,
+        ).fit(fitted_model, Pinned())  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+if __name__ == "__main__":
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check()
+            print(f"ok  {name[6:].replace('_', ' ')}", flush=True)

@@ -103,3 +103,27 @@ def test_another_model_is_refused_with_its_keys(make_trainer: Any, numbers: Any)
     trainer.save_checkpoint("then.ckpt")
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*head.weight.*Unexpected key.*layers.2.weight"):
         make_trainer(max_epochs=2).fit(Other(), numbers(2), ckpt_path="then.ckpt")
+
+
+def decayed(net: Net, lr: float = 0.1, weight_decay: float = 0.01) -> Any:
+    groups = [{"params": net.layers[0].parameters()}, {"params": net.layers[2].parameters(), "weight_decay": weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+    return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}]
+
+
+def test_other_values_of_an_optimizer_are_told_and_those_of_the_checkpoint_stay(make_trainer: Any, numbers: Any) -> None:
+    def fit(steps: int, ckpt_path: Any = None, **values: Any) -> Any:
+        trainer = make_trainer(max_epochs=-1, max_steps=steps)
+        trainer.fit(Net(lambda net: decayed(net, **values)), numbers(9), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(f"{steps}.ckpt")
+        return trainer.optimizers[0].param_groups
+
+    fit(2)
+    fit(3, "2.ckpt")  # what the scheduler has changed is nobody's change
+    found = r"lr=0\.1 then, 0\.2 now \(AdamW, group 0\); weight_decay=0\.01 then, 0\.5 now \(AdamW, group 1\); lr=0\.1 then"
+    with pytest.warns(UserWarning, match=found):
+        groups = fit(4, "3.ckpt", lr=0.2, weight_decay=0.5)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1 / 16, 0.0), (0.1 / 16, 0.01)]
+    with pytest.warns(UserWarning, match="lr=0.1 then, 0.2 now"):  # these values still are not those of the run
+        fit(5, "4.ckpt", lr=0.2)
+    fit(6, "5.ckpt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning._version import KERAUNOS_VERSION, __version__
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -49,6 +50,7 @@ def compose(trainer: Trainer, weights_only: bool = False) -> Checkpoint:
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         checkpoint["keraunos"]["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         checkpoint["keraunos"]["parameters"] = _parameter_names(trainer)
+        checkpoint["keraunos"]["configured"] = trainer.fit_loop.configured
         checkpoint["keraunos"]["lr_schedulers"] = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         precision = strategy.precision
         state = precision.state_dict()
@@ -175,6 +177,7 @@ def restore_training(trainer: Trainer, checkpoint: Checkpoint) -> None:
     restore_progress(trainer, checkpoint)
     if strategy.lightning_restore_optimizer:
         _compare_groups(trainer, checkpoint["optimizer_states"], names.get("parameters"))
+        _compare_values(trainer, names.get("configured"))
         strategy.load_optimizer_state_dict(checkpoint)
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)
@@ -239,6 +242,36 @@ def _compare_groups(trainer: Trainer, states: list[Any], saved_names: list[list[
                 "Give it the same parameters in the same groups and order to resume; to start anew from the weights, use "
                 "`Model.load_from_checkpoint(path)`."
             )
+
+
+def values_of_groups(optimizers: list[Any]) -> list[list[dict[str, Any]]]:
+    """The values in each group of each optimizer, such as learning rate and weight decay."""
+    return [[_plain_values(group) for group in getattr(optimizer, "param_groups", ())] for optimizer in optimizers]
+
+
+def _plain_values(group: dict[str, Any]) -> dict[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    values = {name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for name, value in group.items()}
+    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items() if name != "initial_lr"}
+    return {name: values[name] for name, found in parts.items() if all(isinstance(part, plain) for part in found)}
+
+
+def _compare_values(trainer: Trainer, saved: list[list[dict[str, Any]]] | None) -> None:
+    """Tell where `configure_optimizers` gives other values than in the run that goes on: those of the checkpoint stay in force."""
+    loop = trainer.fit_loop
+    if saved is None:  # in checkpoints of others, whose values may be what schedulers have made of them
+        return
+    found: list[str] = []
+    for optimizer, then, now in zip(trainer.optimizers, saved, loop.configured):
+        for number, (old, new) in enumerate(zip(then, now)):
+            where = type(optimizer).__name__ + (f", group {number}" if len(now) > 1 else "")
+            found += [f"{name}={old[name]!r} then, {new[name]!r} now ({where})" for name in old if name in new and old[name] != new[name]]
+    loop.configured = saved
+    if found:
+        rank_zero_warn(
+            f"`configure_optimizers` gives other values than in the run that saved the checkpoint: {'; '.join(found)}. The run goes on "
+            "with its own, as they and their schedulers are in the checkpoint. To change them, do so in `on_train_start`."
+        )
 
 
 def restore_progress(trainer: Trainer, checkpoint: Checkpoint) -> None:

@@ -98,7 +98,9 @@ def verify(path: PathLike) -> None:
         seal.verify(file, repr(text))
 
 
-def newest_valid(where: PathLike | Iterable[PathLike], by_name: bool = False, beside: Iterable[PathLike] = (), reader: Reader | None = None) -> str:
+def newest_valid(
+    where: PathLike | Iterable[PathLike], by_name: bool = False, beside: Iterable[PathLike] = (), reader: Reader | None = None
+) -> str:
     """The checkpoint of the highest generation that is whole. Modification times are not looked at.
 
     The candidates are tried from the highest generation down: each is read to its end, so that what is returned can be loaded. Those that

@@ -70,6 +70,7 @@ class FitLoop:
         self.resumed_position: Any = None  # where in the data the resumed checkpoint was saved, for another number of processes
         self.resumed: Any = None  # what the checkpoint holds beside weights and the like, until the run has taken it up
         self.rows_due = False  # whether the checkpoint was saved before the rows of its last batch were sent
+        self.configured: Any = None  # the values of the optimizers' groups that `configure_optimizers` gave, in the run that was first
         self.random_states: Any = None  # of the checkpoint, for where its run went on
         self.before_validation: Any = None  # what a validation that is saved half-way begins anew from
         self.before_stop: Any = None  # what the epoch has logged that was ended in the middle, should a later run go on with it

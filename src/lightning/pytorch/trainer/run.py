@@ -195,6 +195,7 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         trainer.fit_loop.bind()
         trainer._hooks.on_fit_start()
         trainer.fit_loop.refresh()
+        trainer.fit_loop.configured = ckpt.values_of_groups(trainer.optimizers)
         if checkpoint is not None:
             ckpt.restore_training(trainer, checkpoint)
     if checkpoint is not None:

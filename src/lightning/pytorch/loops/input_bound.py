@@ -94,7 +94,7 @@ def advice_for(loader: Any, each: float, on_gpu: bool, cpus: int) -> str:
     if not isinstance(loader, DataLoader):
         return f"Batches come from a {kind}: fetch the next ones in a thread or in processes of their own while this one is computed."
     workers = loader.num_workers
-    costs = f"what makes a batch cheaper: {type(loader.dataset).__name__}'s `{_method(loader)}`, its transforms, and `collate_fn`"
+    costs = f"speed up what makes a batch: {type(loader.dataset).__name__}'s `{_method(loader)}`, its transforms, `collate_fn`"
     if each < QUICK:
         return (
             f"The {kind} (num_workers={workers}) gives a batch in {1000 * each:.2f} ms, which more workers would not make faster: take "
@@ -102,7 +102,7 @@ def advice_for(loader: Any, each: float, on_gpu: bool, cpus: int) -> str:
         )
     hints = []
     if workers == 0 and cpus == 1:
-        hints.append(f"The {kind} has num_workers=0, and this process one CPU, so that workers would gain little: make {costs}.")
+        hints.append(f"The {kind} has num_workers=0, and this process one CPU, so that workers would gain little: {costs}.")
     elif workers == 0:
         hints.append(
             f"The {kind} has num_workers=0, so the training process makes each batch between two steps: give `num_workers`, up to the "
@@ -111,9 +111,9 @@ def advice_for(loader: Any, each: float, on_gpu: bool, cpus: int) -> str:
         if isinstance(loader.dataset, IterableDataset):
             hints.append("An IterableDataset must share its samples among them (`torch.utils.data.get_worker_info`).")
     elif workers < cpus:
-        hints.append(f"The {kind} has num_workers={workers}, of {cpus} CPUs of this process: give more, or make {costs}.")
+        hints.append(f"The {kind} has num_workers={workers}, of {cpus} CPUs of this process: give more, or {costs}.")
     else:
-        hints.append(f"The {kind} has num_workers={workers} already, on {cpus} CPUs of this process: make {costs}.")
+        hints.append(f"The {kind} has num_workers={workers} already, on {cpus} CPUs of this process: {costs}.")
     if workers > 0 and not loader.persistent_workers:
         hints.append("`persistent_workers=True` keeps them from one epoch to the next.")
     if on_gpu and not loader.pin_memory:

@@ -182,6 +182,15 @@ def test_learning_rates_of_schedulers_are_followed(tmp_path: Path) -> None:
     compare(Scheduled, exact=False)  # the device has the learning rate in single precision
 
 
+def test_a_learning_rate_that_is_a_tensor_already_is_left_as_it_is() -> None:
+    class OnDevice(Model):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), torch.tensor(0.01), fused=True)
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8), "interval": "step"}]
+
+    compare(OnDevice)
+
+
 def test_a_learning_rate_that_a_hook_sets_is_followed() -> None:
     class Slower(Model):
         def on_train_epoch_start(self) -> None:
@@ -332,13 +341,17 @@ def test_checkpoints_are_those_of_a_plain_run_and_resume_either_way(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint holds the state of callbacks")
-def test_a_replayed_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
-    whole = fitted(Model, callbacks=saver, enable_checkpointing=True, compile="step")
-    for path in sorted(tmp_path.iterdir())[7:20:4]:
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_replayed_run_resumed_in_mid_epoch_ends_in_the_same_bits(accumulate: int, tmp_path: Path) -> None:
+    class Saving(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.fit_loop.progress.total_batches:02}.ckpt")
+
+    whole = fitted(Model, callbacks=Saving(), compile="step", accumulate_grad_batches=accumulate)
+    for path in sorted(tmp_path.iterdir())[7:20:3]:
         model = Model()
         torch.manual_seed(5)
-        quiet(max_epochs=EPOCHS, compile="step").fit(model, data(), ckpt_path=path)
+        quiet(max_epochs=EPOCHS, compile="step", accumulate_grad_batches=accumulate).fit(model, data(), ckpt_path=path)
         for name, value in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
         assert model.seen == whole.seen[-len(model.seen) :]

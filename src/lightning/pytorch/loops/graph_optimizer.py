@@ -32,7 +32,7 @@ class OptimizerInGraph:
     def __init__(self, optimizer: Optimizer, device: torch.device, scheduled: bool) -> None:
         self.optimizer, self.device, self.on_device = optimizer, device, scheduled
         self.rates: list[Tensor] = []
-        self.last: list[float] = []  # learning rates as the device has them, or as they were recorded
+        self.last: list[Any] = []  # learning rates as the device has them, or as they were recorded; the user's own tensors as they are
         self.recorded: list[list[tuple[str, Any]]] = []
         self.sizes: list[int] = []
         self.given: list[dict[str, Any]] | None = None  # the flags of each group, as the user gave them
@@ -84,7 +84,7 @@ class OptimizerInGraph:
     def recording(self) -> Iterator[None]:
         """Inside of it the step is recorded: it reads learning rates where each replay finds the current ones."""
         groups = self.optimizer.param_groups
-        self.last = [float(group["lr"]) for group in groups]
+        self.last = [group["lr"] for group in groups]
         self.recorded = [[(name, value) for name, value in group.items() if name not in NOT_RECORDED] for group in groups]
         self.sizes = [len(group["params"]) for group in groups]
         if not self.on_device:
@@ -94,8 +94,9 @@ class OptimizerInGraph:
             self.rates = [torch.zeros((), device=self.device) for _ in groups]
         own = [group["lr"] for group in groups]
         for group, rate, lr in zip(groups, self.rates, self.last):
-            rate.fill_(lr)
-            group["lr"] = rate
+            if not isinstance(lr, Tensor):
+                rate.fill_(lr)
+                group["lr"] = rate
         try:
             yield
         finally:
@@ -109,11 +110,12 @@ class OptimizerInGraph:
             return "the optimizer's groups"
         for index, group in enumerate(groups):
             lr = group["lr"]
-            if lr != self.last[index]:
-                if not self.on_device:
+            last = self.last[index]
+            if lr is not last and (isinstance(lr, Tensor) or isinstance(last, Tensor) or lr != last):
+                if not self.on_device or isinstance(lr, Tensor) or isinstance(last, Tensor):
                     self.on_device = True
                     return "lr"
-                self.last[index] = lr = float(lr)
+                self.last[index] = lr
                 self.rates[index].fill_(lr)
             if len(group["params"]) != self.sizes[index]:
                 return "the optimizer's parameters"

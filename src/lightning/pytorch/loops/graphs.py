@@ -316,6 +316,8 @@ class StepGraphs:
         self.graphs[key] = self.current = graph
         self.state = self.watch.state_elsewhere()
         self.follow(graph)
+        if loop.accumulate > 1 and any(parameter not in self.fixed for parameter, _ in graph.gradients):
+            self.give_up("some parameters get gradients in some batches of an accumulation window only")
         return graph.loss
 
     @contextmanager

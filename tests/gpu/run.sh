@@ -2,31 +2,10 @@
 # Run every check of this folder on a machine with a GPU: tests/gpu/run.sh [--device cpu]
 # Those of several processes run where there are two GPUs. ONLY='fsdp ddp' runs the checks whose names hold one of these words;
 # LIMIT is how many seconds each may take (300).
-#
-# Such a machine may have upstream's lightning installed, and our package refuses to run beside it. So Python runs without its
-# own site-packages (-S), and finds links to everything in them but upstream in a folder made here.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd "$here/../.." && pwd)
-python=${PYTHON:-python3}
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+. "$here/environment.sh"
 
-"$python" - "$site" <<'PY' || exit 1
-import os
-import re
-import sys
-
-upstream = re.compile(r"(lightning|pytorch_lightning)(-.*)?$", re.IGNORECASE)
-folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-for folder in filter(os.path.isdir, folders):
-    for name in os.listdir(folder):
-        link = os.path.join(sys.argv[1], name)
-        if not upstream.match(name) and not os.path.lexists(link):
-            os.symlink(os.path.join(folder, name), link)
-PY
-
-export PYTHONPATH="$repository/src:$site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 failed=0
 summary=""
 

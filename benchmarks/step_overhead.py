@@ -180,6 +180,22 @@ def slow_logger() -> dict[str, Any]:
     return {"logger": Slow()}
 
 
+def throughput() -> dict[str, Any]:
+    from lightning.pytorch.callbacks import ThroughputMonitor
+
+    return {**csv_logger(), "callbacks": ThroughputMonitor(batch_size_fn=len, length_fn=torch.numel)}
+
+
+def simple_profiler() -> dict[str, Any]:
+    return {"profiler": "simple"}
+
+
+def epoch_profiler() -> dict[str, Any]:
+    from lightning.pytorch.profilers import EpochTimes
+
+    return {"profiler": EpochTimes()}
+
+
 # name: (number of logs, options of log, arguments of the trainer)
 VARIANTS: dict[str, tuple[int, dict[str, Any], Callable[[], dict[str, Any]]]] = {
     "bare": (0, {}, dict),
@@ -190,6 +206,9 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], Callable[[], dict[str, Any]]]] = 
     "progress bar, 1 log": (1, {"prog_bar": True}, progress_bar),
     "CSV logger, 1 log": (1, {}, csv_logger),
     "200 ms logger, 1 log": (1, {}, slow_logger),
+    "CSV logger, ThroughputMonitor": (0, {}, throughput),
+    "profiler simple": (0, {}, simple_profiler),
+    "profiler epoch": (0, {}, epoch_profiler),
 }
 
 # name: (entry point, number of logs)
@@ -256,7 +275,7 @@ def measure_all(names: list[str], blocks: int, steps: int) -> dict[str, Any]:
         for name in names:
             if not hasattr(lightning.pytorch.Trainer, EVALUATION.get(name, ("fit", 0))[0]):
                 continue  # upstream has no such entry point
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), contextlib.suppress(ImportError):  # the same
                 results[name] = measure(name, blocks, steps)
         os.chdir(outer)
     return {"version": lightning.__version__, "torch": torch.__version__, "variants": results}

@@ -164,9 +164,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     machine, outer, results = describe_machine(), os.getcwd(), dict[str, Any]()
-    print(
-        f"{machine['date']}, {machine['cpu']}, load {machine['load']}. Milliseconds from the last step of an epoch to the first of the next.\n"
-    )
+    print(f"{machine['date']}, {machine['cpu']}, load {machine['load']}. Milliseconds between the steps of two epochs.\n")
     print(f"{'':<44}{'by hand':>9}{'trainer':>9}{'more':>8}{'more, CPU':>12}")
     kinds = {"no workers": (0, False), f"{args.workers} workers": (args.workers, False), "persistent": (args.workers, True)}
     for kind, (workers, persistent) in kinds.items():

@@ -32,6 +32,7 @@ case " $* " in
     ;;
 esac
 check check_trainer_cuda.py "$@"
+check check_compile_cuda.py "$@"
 check check_memory_cuda.py "$@"
 check check_fabric_cuda.py "$@"
 check check_deepspeed_cuda.py

@@ -246,9 +246,13 @@ def test_a_run_that_is_interrupted_again_and_again_goes_on_exactly(make_trainer:
         assert torch.equal(value, parts[-1].model.state_dict()[name]), name
 
 
-def test_a_validation_that_is_interrupted_begins_anew_with_the_same_random_numbers(make_trainer: Any, Rows: Any) -> None:
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end", "on_validation_epoch_end"])
+def test_a_validation_that_is_interrupted_begins_anew_with_the_same_random_numbers(make_trainer: Any, Rows: Any, hook: str) -> None:
     class SaveInValidation(Callback):
-        def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        def __init__(self) -> None:
+            setattr(self, hook, self._save)
+
+        def _save(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 4 and not Path("middle.ckpt").exists():
                 trainer.save_checkpoint("middle.ckpt")
 

@@ -62,7 +62,7 @@ class EvaluationLoop:
         """Run through all loaders once.
 
         Args:
-            finishing: called after the last batch, before the hooks of the end.
+            finishing: called when all is logged, before the hook ``on_validation_end`` or ``on_test_end``.
 
         Returns:
             one dict of metrics for each loader.
@@ -96,7 +96,6 @@ class EvaluationLoop:
                 for index, source in gathering.over(self.loaders.sources):
                     self.run_loader(index, source)
                 metrics.batch, metrics.dataloader_idx = None, None
-                finishing()
                 metrics.close_epoch()
                 getattr(hooks, f"on_{name}_epoch_end")()
                 metrics.reduce_epoch()  # what these hooks logged
@@ -105,6 +104,7 @@ class EvaluationLoop:
                 results = self.results()
                 fit = trainer.fit_loop
                 metrics.end_epoch(fit.log_step if fitting else fit.progress.stepped)
+                finishing()
                 getattr(hooks, f"on_{name}_end")()
         return results
 

@@ -24,9 +24,8 @@ def names_to_keep(trainer: Trainer) -> set[str]:
         within = loop.gathered > 0 and loop.gathered == loop.progress.batch_idx % loop.accumulate
         return {name for name, _ in module.named_parameters()} if within else set()
     names = _unspent(trainer, module) if loop.gathered == 0 else set()
-    if strategy.world_size > 1:
-        names.update(*(each for each in strategy.gather_objects(names) if each))
-    return names
+    others = strategy.compare(dict.fromkeys(names, ""), names)  # None where all processes have the same
+    return names if others is None else names.union(*others)
 
 
 def _unspent(trainer: Trainer, module: Any) -> set[str]:

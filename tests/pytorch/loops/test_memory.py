@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from live_tensors import LiveTensors
@@ -142,6 +143,7 @@ def loaders_of_every_kind() -> dict[str, Callable[[], Any]]:
         "iterable": lambda: DataLoader(Endless(), batch_size=None),
         "generator": Fresh,
         "dict": lambda: {"a": batches(), "b": batches()},
+        "combined": lambda: CombinedLoader({"a": batches(), "b": batches()}, "min_size"),
     }
 
 

@@ -518,6 +518,7 @@ def _count_rows(rows: Iterator[Any], progress: _Progress) -> Iterator[Any]:
         progress.batch_idx += 1
         progress.note()
         yield row
+        del row  # which `zip` fills again, and would keep if it could not
     progress.restart()
 
 
@@ -573,3 +574,4 @@ def _count_items(part: Iterator[tuple[Any, int, int]], progress: _Progress) -> I
     for item in part:
         progress.batch_idx, progress.dataloader_idx = item[1] + 1, item[2]
         yield item
+        del item

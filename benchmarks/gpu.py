@@ -18,6 +18,7 @@ import gc
 import inspect
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -259,14 +261,19 @@ def measure_in_process(python: str | None, args: argparse.Namespace) -> dict[str
         python: another interpreter; None for this one.
         args: of the command line.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "figures.json")
-        arguments = ["--measure", "--device", args.device, "--json", str(path), "--only", *args.only]
-        arguments += [f"--{name}" for name in ("quick", "tiny") if getattr(args, name)] + ([] if args.pinned else ["--on-device"])
-        done = run_elsewhere(python, __file__, arguments) if python else run_here(__file__, arguments)
-        if not path.exists():
-            return {"version": "?", "torch": "?", "models": {}, "memory": {}, "code": done.returncode}
-        return {**json.loads(path.read_text()), "code": done.returncode}
+    path = args.json.with_name(f"{args.json.stem}_{'lightning' if python else 'ours'}_part.json")  # left where this process is killed
+    path.unlink(missing_ok=True)
+    arguments = ["--measure", "--device", args.device, "--json", str(path), "--only", *args.only]
+    arguments += [f"--{name}" for name in ("quick", "tiny") if getattr(args, name)] + ([] if args.pinned else ["--on-device"])
+    code: int | str
+    try:
+        run = partial(run_elsewhere, python) if python else run_here
+        code = run(__file__, arguments, timeout=args.limit).returncode
+    except subprocess.TimeoutExpired:
+        code = f"stopped after {args.limit} s"
+    found = json.loads(path.read_text()) if path.exists() else {"version": "?", "torch": "?", "models": {}, "memory": {}}
+    path.unlink(missing_ok=True)
+    return {**found, "code": code}
 
 
 def rows_of(model: str, found: dict[str, Any], label: str) -> list[list[str]]:
@@ -337,6 +344,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--on-device", dest="pinned", action="store_false", help="batches lie on the device, not in pinned memory")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu.json", help="where the figures go")
+    parser.add_argument("--limit", type=float, default=400, help="seconds that one interpreter may take; what it has measured counts")
     parser.add_argument("--measure", action="store_true", help="measure the lightning of this interpreter, and print nothing")
     args = parser.parse_args(given)
     if args.only is None:
@@ -366,6 +374,9 @@ def main() -> None:
     print(f"Microseconds per step, medians of {blocks} blocks of {steps} steps. {machine['date']}, {machine['device']}, {machine['cpu']},")
     print(f"torch {figures['ours']['torch']}, batches {'in pinned memory' if args.pinned else 'on the device'}\n")
     print(table(figures))
+    for name in ("ours", "lightning"):
+        if figures[name] is not None and figures[name]["code"]:
+            print(f"{name}: the process ended with {figures[name]['code']}, and what is missing above was not measured")
     print(f"{time.perf_counter() - start:.0f} s in all")
     sys.exit(1 if is_wrong(figures["ours"]) or is_wrong(figures["lightning"]) else 0)
 

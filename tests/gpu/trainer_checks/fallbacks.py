@@ -176,10 +176,29 @@ def falls_back(place: Place, kind: type[Task], pattern: str, named: bool, needs_
     assert_equal(replayed.losses, [loss.item() for loss in eager.losses], weights_of(replayed.module), weights_of(eager.module))
     assert replayed.rows == eager.rows
     assert torch.equal(*numbers), f"random numbers after the run differ: {numbers}"
+    allocates_as_before(place)
     after = trained(place, seeded_task(dropout=0.3), data_of(place), "step")  # another module in the same process
     assert not after.told, after.told
     assert after.replays >= 25, after.replays
     return replayed.told[0]
+
+
+def allocates_as_before(place: Place) -> None:
+    """After a recording that failed, memory that several streams used is taken back, and what is cached can be given back."""
+    if not place.is_cuda:
+        return
+    gc.collect()
+    torch.cuda.synchronize()
+    before, other = torch.cuda.memory_allocated(), torch.cuda.Stream()
+    for _ in range(3):
+        block = torch.zeros(2**24, device=place.device)
+        block.record_stream(other)
+        del block
+        torch.cuda.synchronize()
+    small = torch.zeros(1, device=place.device)  # allocating is when blocks are taken back
+    assert torch.cuda.memory_allocated() - before < 2**25, "blocks that a second stream used are never taken back"
+    del small
+    torch.cuda.empty_cache()
 
 
 def changes_once(place: Place) -> str:

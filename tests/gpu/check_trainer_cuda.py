@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import torch
-from trainer_checks import devices, parity, running_ahead, seeing, settings, speed
+from trainer_checks import devices, parity, peaks, running_ahead, seeing, settings, speed
 from trainer_checks.common import Outcome, Place, print_table, run_check
 
 
@@ -39,6 +39,7 @@ def main() -> None:
         torch.cuda.set_device(place.device)
     found = [*devices.checks(place), *parity.checks(place), *running_ahead.checks(place), *seeing.checks(place)]
     found += settings.checks(place)
+    found += peaks.checks(place)
     found += speed.checks(place, args.upstream)
     outcomes: list[Outcome] = []
     for name, function in found:

@@ -300,6 +300,8 @@ CASES = {
     "validation between": Case(LOG, {"val_check_interval": 3}, val=True),
     "validation between, dropout, EMA": Case({"dropout": 0.3}, {"val_check_interval": 4}, val=True, watch=Ema),
     "garbage on a schedule": Case(LOG, {"gc_interval": 3}),
+    "hooks inside of the step, validation between": Case(LOG, {**NORM, "val_check_interval": 3}, watch=Hooks, val=True),
+    "copies beside steps": Case(LOG, {"overlap_transfer": True}, smaller=True, least=20),
 }  # fmt: skip
 
 
@@ -317,6 +319,7 @@ def checks(place: Place) -> list[Check]:
         ("a second fit with the same trainer", lambda: fitted_twice(place)),
         ("peak memory of replayed steps", lambda: peak_memory(place)),
         ("launches of a replayed step", lambda: launches(place)),
+        *((f"memory of batches while the host runs ahead: {name}", lambda o=o: running_ahead(place, o)) for name, o in AHEAD.items()),
     ]
 
 
@@ -514,6 +517,45 @@ def peak_memory(place: Place) -> str:
     note = ", ".join(f"{name}: {peaks[name] / 2**20:.1f} MiB, reserved {reserved[name] / 2**20:.0f}" for name in peaks)
     assert peaks["step"] <= 1.15 * peaks[None], note
     return note
+
+
+AHEAD: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "copies beside steps": {"overlap_transfer": True},
+    "replayed": {"compile": "step"},
+    "replayed, copies beside steps": {"compile": "step", "overlap_transfer": True},
+}
+
+
+class Sleeping(L.LightningModule):
+    """Reads a large batch, after which the GPU is busy for long."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1024, 1)
+        self.busy = place.sleep
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.layer(batch).mean()
+        self.busy(0.01)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def running_ahead(place: Place, options: dict[str, Any]) -> str:
+    """However many steps the host has launched, no more than a few batches are on the device."""
+    place.require_cuda()
+    from .running_ahead import peak_of
+
+    batch = torch.zeros(2**14, 1024).pin_memory()
+    size = batch.numel() * batch.element_size()
+    data = Batches([batch] * 40)
+    place.trainer(**options).fit(Sleeping(place), Batches([batch] * 2))  # libraries take their workspaces
+    peak = peak_of(lambda: place.trainer(**options).fit(Sleeping(place), data))
+    assert peak < 4.5 * size, f"{peak / size:.1f} batches of {size / 2**20:.0f} MiB at the peak"
+    return f"{peak / size:.1f} batches of {size / 2**20:.0f} MiB at the peak"
 
 
 def launches(place: Place) -> str:

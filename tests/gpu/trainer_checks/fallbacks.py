@@ -110,12 +110,12 @@ class Refuses(Task):
         return loss
 
 
-class RefusesBackward(Task):
-    """The same in the backward pass, in autograd's own thread."""
+class ReadsBackward(Task):
+    """A read from the device in autograd's own thread."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        loss.register_hook(lambda gradient: torch.cuda.synchronize())
+        loss.register_hook(lambda gradient: gradient if gradient.sum().item() > 0 else None)
         return loss
 
 
@@ -138,7 +138,7 @@ FALLBACKS: dict[str, tuple[type[Task], str, bool, bool]] = {
     "an optimizer that counts on the host": (HostOptimizer, "OnHost changes", False, False),
     "the step waits for the device": (Waits, "can't be recorded.*torch.cuda.synchronize", True, True),
     "an error while recording": (Refuses, "can't be recorded.*not in a recording", True, True),
-    "backward waits for the device": (RefusesBackward, "can't be recorded", False, True),
+    "backward reads from the device": (ReadsBackward, "reads from the device|can't be recorded", False, True),
     "a tensor comes from the host": (FromHost, "reads from the device|can't be recorded", False, True),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
@@ -19,6 +19,7 @@ from processes import run
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
+EXPECTED = "FSDPStrategy was given no auto_wrap_policy|The DataLoader of a Stream can't tell where it is"
 EVENTS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
 
@@ -65,6 +66,19 @@ class SaveEverywhere(Callback):
         trainer.save_checkpoint(path)
 
 
+class Noisy(Dataset[Tensor]):
+    """Numbers with noise; each process draws its own."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + torch.rand(())
+
+
 class Stream(IterableDataset[float]):
     def __init__(self, count: int) -> None:
         self.count = count
@@ -79,8 +93,10 @@ def loader_of(kind: str, rank: int) -> Any:
     if kind == "weighted":
         numbers = torch.arange(10.0)
         return DataLoader(numbers, batch_size=1, sampler=WeightedRandomSampler(numbers.tolist(), 10))  # type: ignore[arg-type]
+    if kind == "subset":
+        return DataLoader(torch.arange(10.0), batch_size=1, sampler=SubsetRandomSampler(range(8)))  # type: ignore[arg-type]
     if kind == "uneven":
-        return DataLoader(torch.arange(3.0 + 2 * rank), batch_size=1, shuffle=True)  # type: ignore[arg-type]
+        return DataLoader(Noisy(3 + 2 * rank), batch_size=1, shuffle=True)
     return DataLoader(Stream(3 + 2 * rank), batch_size=1)
 
 
@@ -91,13 +107,13 @@ def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[
         trainer = Trainer(
             accelerator="cpu", devices=size, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=folder, enable_checkpointing=False, num_sanity_val_steps=0, uneven_inputs="join",
-            use_distributed_sampler=kind in ("even", "weighted"), **settings, **more,
+            use_distributed_sampler=kind in ("even", "weighted", "subset"), **settings, **more,
         )  # fmt: skip
         val = DataLoader(torch.arange(4.0), batch_size=1)  # type: ignore[arg-type]
         trainer.fit(model, loader_of(kind, rank), val, ckpt_path=ckpt_path)
         return trainer
 
-    warnings.filterwarnings("ignore", "FSDPStrategy was given no auto_wrap_policy|The DataLoader of a Stream can't tell where it is")
+    warnings.filterwarnings("ignore", EXPECTED)
     whole = model_class()
     saver = SaveEverywhere(folder, whole)
     fit(1, None, whole, callbacks=[saver])
@@ -117,10 +133,11 @@ def fit_and_resume(rank: int, size: int, folder: str, kind: str, settings: dict[
         ("even", {"strategy": "ddp", "val_check_interval": 2}),
         ("even", {"strategy": "fsdp"}),
         ("weighted", {"strategy": "ddp"}),
+        ("subset", {"strategy": "ddp", "reload_dataloaders_every_n_epochs": 1}),
         ("uneven", {"strategy": "ddp"}),
         ("stream", {"strategy": "ddp"}),
     ],
-    ids=["ddp", "fsdp", "weighted samples", "uneven lengths", "streams of unknown length"],
+    ids=["ddp", "fsdp", "weighted samples", "reloaded", "uneven lengths", "streams of unknown length"],
 )
 def test_two_processes_go_on_exactly_from_everywhere(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     for wrong, count in run(fit_and_resume, 2, str(tmp_path), kind, settings):
@@ -145,3 +162,37 @@ def test_three_processes_sum_gradients_in_the_order_of_the_run_before(tmp_path: 
     for wrong, count in run(fit_and_resume, 3, str(tmp_path), "even", {"strategy": DDPStrategy(bucket_cap_mb=1, **settings)}, Wider):
         assert count >= 8
         assert not [path for path, *_ in wrong if not (settings.get("static_graph") and path.endswith("/0.ckpt"))]
+
+
+def stop_twice(rank: int, size: int, folder: str, kind: str) -> Any:
+    """In the same epoch, each time after another batch; the weights of each run, and how far those were that were resumed."""
+
+    def fit(seed: int, steps: int, ckpt_path: str | None) -> Model:
+        seed_everything(seed, verbose=False)
+        torch.manual_seed(seed + rank)
+        model = Model()
+        trainer = Trainer(
+            accelerator="cpu", devices=size, strategy="ddp", max_epochs=1, max_steps=steps, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder, enable_checkpointing=False, limit_val_batches=0, uneven_inputs="join",
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(model, loader_of(kind, rank), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(f"{folder}/{steps}.ckpt")
+        return model
+
+    Model.on_train_end = lambda self: None  # type: ignore[method-assign]  # nothing was validated
+    warnings.filterwarnings("ignore", f"{EXPECTED}|Model has a `validation_step`")
+    whole = fit(1, 5, None)
+    wrong = []
+    for first, second in ((1, 3), (1, 4), (2, 3), (3, 4)):
+        parts = [fit(1, first, None), fit(50, second, f"{folder}/{first}.ckpt"), fit(90, 5, f"{folder}/{second}.ckpt")]
+        same = all(map(torch.equal, parts[-1].state_dict().values(), whole.state_dict().values()))
+        given = [number for part in parts for number in part.ids]
+        if not same or given != whole.ids:
+            wrong.append((first, second, same, given, whole.ids))
+    return wrong
+
+
+@pytest.mark.parametrize("kind", ["uneven", "stream"])
+def test_a_process_that_has_run_out_of_data_is_resumed_twice(tmp_path: Path, kind: str) -> None:
+    assert run(stop_twice, 2, str(tmp_path), kind) == [[], []]

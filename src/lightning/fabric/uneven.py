@@ -74,6 +74,7 @@ class Lockstep:
         self.lengths: list[int] = []  # of every process, where all are known
         self.num_batches: float = math.inf
         self.start = 0  # the index of the first batch of the next pass; a resumed run sets it, whose loader begins there by itself
+        self.own_start = 0  # how many batches of its own this process had before that one
         self._own = 0  # how many batches this process has of its own, as far as it is known
         self._active: list[tuple[int, int]] = []  # from which index on how many processes have a batch of their own
 
@@ -145,8 +146,8 @@ class Lockstep:
     def __iter__(self) -> Iterator[Any]:
         if not self.lengths:
             self.agree()
-        start, self.start = self.start, 0
-        return self._counted(start) if self.lengths else self._asked(start)
+        (start, own), self.start, self.own_start = (self.start, self.own_start), 0, 0
+        return self._counted(start) if self.lengths else self._asked(start, own)
 
     def _counted(self, start: int) -> Iterator[Any]:
         batches = iter(self.loader)
@@ -160,9 +161,9 @@ class Lockstep:
                 batch = self._lent(batch, [length > start for length in self.lengths])
             yield batch
 
-    def _asked(self, start: int) -> Iterator[Any]:
+    def _asked(self, start: int, own: int) -> Iterator[Any]:
         batches = iter(self.loader)
-        self._own, self._active = 0, [(start, self._world_size())]
+        self._own, self._active = own, [(start, self._world_size())]
         batch = last = next(batches, END)
         asking = _Asking(batch is not END, self.group)
         index = start

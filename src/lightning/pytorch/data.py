@@ -112,14 +112,16 @@ class TrainLoader:
                 part.load_state_dict(saved)
         elif "within" in state and self.side_by_side is None:
             self.parts[0].load_state_dict(state["within"])
-            if self.lockstep is not None:
-                self.lockstep.start = state["batches"]
+            self._goes_on_with(state["batches"], self.parts[0].passes_over)
         elif "side_by_side" in state and self.side_by_side is not None:
             self.side_by_side.load_state_dict(state["side_by_side"])
-            if self.lockstep is not None:
-                self.lockstep.start = state["batches"]
+            self._goes_on_with(state["batches"], self.side_by_side.passes_over)
         else:
             rank_zero_warn("The checkpoint was saved with another number of training loaders: the data do not go on where they were.")
+
+    def _goes_on_with(self, batches: int, own: int) -> None:
+        if self.lockstep is not None:
+            self.lockstep.start, self.lockstep.own_start = batches, own
 
     # ---- several processes ------------------------------------------------------------------------------------------
 
@@ -136,6 +138,8 @@ class TrainLoader:
         self.num_batches = length if lockstep.lengths else self.num_batches  # which is then a limit, or infinity
         if not lockstep.is_even:
             self.iterable, self.lockstep, self.length_is_exact = lockstep, lockstep, False
+            for part in self.parts:
+                part.look_ahead()
 
     def set_epoch(self, epoch: int) -> None:
         """Tell samplers that shuffle by epoch which one it is."""
@@ -201,6 +205,7 @@ class RunData:
         self.train_epoch: int | None = None  # the epoch in which a loader was asked for last
         self.val_epoch: int | None = None
         self.rest_epoch: int | None = None  # the epoch that another number of processes began
+        self.seed: int | None = None  # from which loaders that are shared out draw, also those that a resumed run asks for
 
     def reset(self, **given: Any) -> None:
         """Start a run with the loaders that were passed to it; None means that a hook gives them.
@@ -212,7 +217,7 @@ class RunData:
             raise MisconfigurationException(STREAM_IS_OPEN)
         self.given = given
         self.loaded = {}
-        self.train_epoch = self.val_epoch = self.rest_epoch = None
+        self.train_epoch = self.val_epoch = self.rest_epoch = self.seed = None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -311,10 +316,13 @@ class RunData:
         config, strategy = self.trainer._config, self.trainer.strategy
         if not (strategy.distributed_sampler_kwargs and config.use_distributed_sampler):
             return loader
-        from lightning.fabric.utilities.samplers import distribute
+        from lightning.fabric.utilities.samplers import distribute, shared_seed
 
+        if self.seed is None:
+            self.seed = shared_seed()
         shuffle = False if config.overfit_batches > 0 else None
-        return distribute(loader, **strategy.distributed_sampler_kwargs, training=stage == "train", shuffle=shuffle)
+        shares = strategy.distributed_sampler_kwargs
+        return distribute(loader, **shares, training=stage == "train", shuffle=shuffle, seed=self.seed)
 
     def _everywhere(self, lengths: Any) -> list[Any]:
         """The same of all processes, by rank; of one of them where they don't differ. All have to come here."""

@@ -70,6 +70,7 @@ def _own_state(trainer: Trainer) -> State:
         "validation": now["validation"],
         "training": _training_data(trainer),
         "loaded_in": (trainer._data.train_epoch, trainer._data.val_epoch),
+        "seed": trainer._data.seed,
         "metrics": _metrics_state(trainer),
         "before_stop": loop.before_stop,
     }
@@ -81,8 +82,11 @@ def _training_data(trainer: Trainer) -> Any:
     if loop.loader is None:
         return None
     at = loop.progress.position()
-    over = at["batch_idx"] == 0 or at["is_last"] or at["next"] in (Next.EPOCH, Next.EPOCH_END)
-    return loop.loader.state_dict(None if over else at["batch_idx"])
+    batches = at["batch_idx"]
+    # The last batch counts once the hooks of its end are called, which may be before the loop leaves it; until then its step is run anew.
+    through = batches >= loop.loader.num_batches or (at["is_last"] and batches > 0 and at["ending"])
+    over = through or at["next"] not in (Next.BATCH, Next.VALIDATE) or (batches == 0 and not loop.reading)
+    return loop.loader.state_dict(None if over else batches)
 
 
 def _metrics_state(trainer: Trainer) -> State:
@@ -206,6 +210,7 @@ def take_up(trainer: Trainer) -> None:
         _load_metrics(trainer, within or loop.resumed["metrics"])
         loop.random_states = loop.resumed["random"]
         trainer._data.train_epoch, trainer._data.val_epoch = loop.resumed["loaded_in"]
+        trainer._data.seed = loop.resumed.get("seed")
     is_over, p.stopping = stays and not p.stopping, False
     if is_over:
         p.next_epoch()

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 from lightning.fabric.utilities.data import has_iterable_dataset, replace_sampler, sized_len
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper, drawn_alike, pass_on_epoch
 
-__all__ = ["UnrepeatedDistributedSampler", "UnrepeatedDistributedSamplerWrapper", "distribute", "needs_distributing"]
+__all__ = ["UnrepeatedDistributedSampler", "UnrepeatedDistributedSamplerWrapper", "distribute", "needs_distributing", "shared_seed"]
 
 
 class UnrepeatedDistributedSampler(DistributedSampler[Any]):
@@ -72,7 +72,9 @@ class UnrepeatedDistributedSamplerWrapper(UnrepeatedDistributedSampler):
         pass_on_epoch(self.dataset, epoch)
 
 
-def distribute(dataloader: Any, num_replicas: int, rank: int, *, training: bool, shuffle: bool | None = None) -> Any:
+def distribute(
+    dataloader: Any, num_replicas: int, rank: int, *, training: bool, shuffle: bool | None = None, seed: int | None = None
+) -> Any:
     """The loader as one of several processes needs it: with a sampler that gives this process its part.
 
     In training each process gets the same number of samples, for which a few may come twice. In evaluation no sample comes
@@ -86,6 +88,7 @@ def distribute(dataloader: Any, num_replicas: int, rank: int, *, training: bool,
         training: whether it is for training.
         shuffle: in which order. None: in training at random, unless the loader has a sampler of the user's own, whose order is kept;
             in evaluation in the loader's order.
+        seed: from which samples are drawn; None for :func:`shared_seed`.
 
     Raises:
         TypeError: if the loader has a sampler without a length, or a batch sampler that another sampler can't be put into.
@@ -99,7 +102,7 @@ def distribute(dataloader: Any, num_replicas: int, rank: int, *, training: bool,
     if not needs_distributing(dataloader):
         return dataloader
     sampler = _innermost_sampler(dataloader)
-    options: dict[str, Any] = {"num_replicas": num_replicas, "rank": rank, "seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
+    options: dict[str, Any] = {"num_replicas": num_replicas, "rank": rank, "seed": shared_seed() if seed is None else seed}
     if _takes_every_sample_once(sampler, dataloader.dataset):
         options["shuffle"] = (training or isinstance(sampler, RandomSampler)) if shuffle is None else shuffle
         kind: Any = DistributedSampler if training else UnrepeatedDistributedSampler
@@ -108,6 +111,11 @@ def distribute(dataloader: Any, num_replicas: int, rank: int, *, training: bool,
     _require_length(sampler)
     wrapper: Any = DistributedSamplerWrapper if training else UnrepeatedDistributedSamplerWrapper
     return replace_sampler(dataloader, wrapper(sampler, **options))
+
+
+def shared_seed() -> int:
+    """The seed that every process has from ``seed_everything``; 0 where nobody has called it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def needs_distributing(dataloader: Any) -> bool:

@@ -60,6 +60,7 @@ class FitLoop:
         self.max_steps = config.max_steps
         self.min_steps = config.min_steps
         self.loader: TrainLoader | None = None
+        self.reading = False  # whether the loader is in the middle of a pass
         self.accumulate = 1
         self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
         self.spent: set[int] = set()  # manual optimization: the ids of the optimizers that stepped since `manual_backward` ran last
@@ -126,7 +127,7 @@ class FitLoop:
         if p.ending or p.next is Next.VALIDATE:  # the checkpoint was saved by a hook of a batch's end, or of the validation after it
             self.end_batch()
             p.ending = False
-            if self.done():
+            if p.is_last or self.done():
                 p.next = Next.EPOCH_END
         for batch, is_last in self.batches():  # from p.batch_idx, already on the device
             p.is_last = is_last
@@ -161,6 +162,7 @@ class FitLoop:
             self.outputs = metrics.batch = batch = None  # not kept while the next one is fetched and moved
             if p.updates and (trainer.should_stop or p.global_step >= last_step) and self.done():
                 break
+        self.reading = False
         self.log_step = p.stepped - 1  # also where the epoch had no batch, or its last one was passed over
         # A run that is ended in mid-epoch, and later given more steps, goes on with this epoch's next batch.
         p.next = Next.EPOCH if p.is_last or not self.done() else Next.BATCH
@@ -204,6 +206,7 @@ class FitLoop:
         source = counted if loader.length_is_exact else looked_ahead
         fetched = bind.fetched(self.trainer, loader.iterable, "[_TrainingEpochLoop].train_dataloader_next")
         self.waits.begin()
+        self.reading = True
         batches = source(fetched, p.batch_idx, loader.num_batches, self.prepare, loader.passes_over, self.waits)
         return batches if loader.lockstep is None else self.weighed(batches, loader.lockstep)
 
@@ -445,7 +448,7 @@ class FitLoop:
         self.metrics.progress = self.progress
         self.progress.start_anew()
         self.resumed = self.resumed_position = self.random_states = self.before_validation = self.before_stop = None
-        self.rows_due = self.runs_backward = False
+        self.rows_due = self.runs_backward = self.reading = False
         self.gathered = 0
         self.spent.clear()
         self.accumulate = trainer.accumulate_grad_batches

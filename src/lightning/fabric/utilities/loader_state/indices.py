@@ -100,6 +100,15 @@ class Indices:
         elif self.drawn < resumed["drawn"]:
             self.resumed = resumed  # compared when the loader, which fetches ahead, has drawn as much
 
+    def draw_first(self) -> None:
+        """Draw the indices of the first batch before they are asked for, and with them the random numbers that an order takes."""
+        for indices in islice(self.source, 1):
+            self._count(indices)
+            if self.resumed is not None:
+                self._compare(self.resumed)
+            self.drawn -= 1
+            self.returned.append(indices)
+
     def reach_end(self) -> None:
         """Ask the sampler for more than it has, as was done in the interrupted run: some draw random numbers at their end."""
         if not self.ended:

@@ -52,10 +52,13 @@ class ResumableLoader:
 
     def __init__(self, loader: Iterable[Any], looks_ahead: bool = False) -> None:
         self.loader = loader
-        kind: Any = MapStyle if has_indices(loader) else Stream
-        self.source: MapStyle | Stream = kind(loader, looks_ahead)
+        self.source: MapStyle | Stream = _source(loader, looks_ahead)
         self.cursor: Cursor | None = None
         self.pending: State | None = None
+
+    def look_ahead(self) -> None:
+        """Prepare for a loop that fetches batches before it has used those before them; to be called before the first pass."""
+        self.source = _source(self.loader, looks_ahead=True)
 
     def __reduce__(self) -> Any:
         return ResumableLoader, (self.loader, self.source.looks_ahead)  # a running pass stays with the original
@@ -146,6 +149,10 @@ class ResumableLoader:
             effects.append("what the dataset draws at random for the rest of the epoch differs; the order of the samples does not")
         if effects:
             rank_zero_warn(f"The training loader is not the one of the checkpoint ({'; '.join(changed)}): {', and '.join(effects)}.")
+
+
+def _source(loader: Any, looks_ahead: bool) -> MapStyle | Stream:
+    return MapStyle(loader, looks_ahead) if has_indices(loader) else Stream(loader, looks_ahead)
 
 
 def has_indices(loader: Any) -> bool:

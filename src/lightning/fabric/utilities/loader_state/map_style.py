@@ -110,6 +110,8 @@ class MapStyle:
             assert isinstance(next(batches.iterator), Skipped)
         ahead = state["ahead"]
         before = state["before"] if self.workers == 0 else None
+        if self.workers == 0 and done == 0 and ahead > 0 and before is None:
+            self.indices.draw_first()  # what the dataset draws is told from it
         inexact = batches.fetch_again(ahead, before, self._restore)
         if self.workers == 0 and state["own"] is not None:
             restore_own(self._roots, state["own"])

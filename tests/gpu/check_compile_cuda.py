@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import torch
-from trainer_checks import compiled, fallbacks
+from trainer_checks import changes, compiled, fallbacks
 from trainer_checks.common import Outcome, Place, print_table, run_check
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     place = Place(torch.device(args.device))
     if place.is_cuda:
         torch.cuda.set_device(place.device)
-    found = [*compiled.checks(place), *fallbacks.checks(place)]
+    found = [*compiled.checks(place), *changes.checks(place), *fallbacks.checks(place)]
     outcomes: list[Outcome] = []
     for name, function in found:
         if re.search(args.only, name):

@@ -324,3 +324,76 @@ def test_a_run_that_early_stopping_has_ended_is_not_trained_on(make_trainer: Any
     assert again.ids == []
     assert resumed.current_epoch == 2
     assert torch.equal(again.layers[0].weight, model.layers[0].weight)
+
+
+class Reloading(Model):
+    """Each epoch's loaders have other lengths, so it matters in which epoch they are asked for."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Noisy(4 + 2 * self.current_epoch), batch_size=2, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(2 + self.current_epoch), batch_size=2)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_loaders_that_are_reloaded_are_asked_for_in_the_same_epochs(make_trainer: Any, Rows: Any, early: bool) -> None:
+    class Estimating(Reloading):
+        def configure_optimizers(self) -> Any:
+            if early:
+                assert self.trainer.estimated_stepping_batches  # which asks for the training data
+            return super().configure_optimizers()
+
+    def run(at: int = 0, ckpt_path: Any = None, seed: int = 1) -> Any:
+        seed_everything(seed, verbose=False)
+        model, rows, interrupt = Estimating(), Rows(), Interrupt(at)
+        settings: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 2, "check_val_every_n_epoch": 2, "enable_checkpointing": True}
+        trainer = make_trainer(max_epochs=4, logger=rows, callbacks=[interrupt], **settings)
+        with suppress(Interruption):
+            trainer.fit(model, ckpt_path=ckpt_path)
+        return model, rows.rows, interrupt.events
+
+    whole, expected, events = run()
+    for at in range(1, events + 1):
+        first, before, _ = run(at)
+        second, after, _ = run(ckpt_path="saved.ckpt", seed=99)
+        assert first.ids + second.ids == whole.ids, at
+        assert before + after == expected, at
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, second.state_dict()[name]), (at, name)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end", "on_train_end"])
+def test_a_run_that_early_stopping_ends_within_an_epoch_ends_once(make_trainer: Any, Rows: Any, hook: str) -> None:
+    class SaveWhenStopped(Checkpoint):
+        def __init__(self) -> None:
+            setattr(self, hook, self._save)
+
+        def _save(self, trainer: Any, *_: Any) -> None:
+            if trainer.should_stop and ends:
+                trainer.save_checkpoint("stopped.ckpt")
+                raise Interruption
+
+    def run(ckpt_path: Any = None, seed: int = 1) -> Any:
+        seed_everything(seed, verbose=False)
+        model, rows = Model(), Rows()
+        callbacks = [EarlyStopping("val", patience=1, min_delta=100.0, check_on_train_epoch_end=False), SaveWhenStopped()]
+        trainer = make_trainer(max_epochs=9, logger=rows, callbacks=callbacks, val_check_interval=2, enable_checkpointing=True)
+        with suppress(Interruption):
+            trainer.fit(model, *loaders(0), ckpt_path=ckpt_path)
+        return model, rows.rows, trainer
+
+    ends = False
+    whole, expected, trainer = run()
+    ends = True
+    first, before, _ = run()
+    ends = False
+    second, after, again = run("stopped.ckpt", seed=99)
+    assert first.ids == whole.ids
+    assert second.ids == []
+    assert before + after == expected
+    assert again.current_epoch == trainer.current_epoch
+    assert again.callback_metrics.keys() == trainer.callback_metrics.keys()

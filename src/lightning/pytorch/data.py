@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, SequentialSampler
@@ -204,6 +205,7 @@ class RunData:
         self.told_of_workers: set[str] = set()  # the stages that were
         self.train_epoch: int | None = None  # the epoch in which a loader was asked for last
         self.val_epoch: int | None = None
+        self.asked_in: dict[str, int] = {}  # of loaders that a resumed run is still to ask for: in which epoch the interrupted one has
         self.rest_epoch: int | None = None  # the epoch that another number of processes began
         self.seed: int | None = None  # from which loaders that are shared out draw, also those that a resumed run asks for
 
@@ -218,14 +220,15 @@ class RunData:
         self.given = given
         self.loaded = {}
         self.train_epoch = self.val_epoch = self.rest_epoch = self.seed = None
+        self.asked_in = {}
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainLoader:
         """The training data, asked for once."""
         if "train" not in self.loaded:
-            self.train_epoch = self.trainer.current_epoch
-            self.loaded["train"] = self._load_train()
+            with self._in_epoch("train") as self.train_epoch:
+                self.loaded["train"] = self._load_train()
             self.counts["train"] = self.loaded["train"].num_batches
         return self.loaded["train"]  # type: ignore[no-any-return]
 
@@ -280,6 +283,26 @@ class RunData:
     def _is_due(self, epoch: int, loaded_in: int | None) -> bool:
         every = self.trainer._config.reload_dataloaders_every_n_epochs
         return bool(every) and loaded_in is not None and epoch - loaded_in >= every
+
+    @contextmanager
+    def _in_epoch(self, stage: str) -> Iterator[int]:
+        """A context that asks for loaders: in the current epoch, or first in that in which the run that is resumed has asked."""
+        progress = self.trainer.fit_loop.progress
+        now = progress.epoch
+        progress.epoch = self.asked_in.pop(stage, now)
+        try:
+            yield progress.epoch
+        finally:
+            progress.epoch = now
+
+    def goes_on_with(self, train_epoch: int | None, val_epoch: int | None) -> None:
+        """Learn in which epochs the interrupted run has asked for its loaders; those that were asked for in others are so anew."""
+        for stage, here, then in (("train", self.train_epoch, train_epoch), ("val", self.val_epoch, val_epoch)):
+            if here != then:
+                self.loaded.pop(stage, None)
+                if then is not None and not (stage == "train" and self._is_due(self.trainer.current_epoch, then)):
+                    self.asked_in[stage] = then
+        self.train_epoch, self.val_epoch = train_epoch, val_epoch
 
     def _load_train(self) -> TrainLoader:
         config, strategy = self.trainer._config, self.trainer.strategy
@@ -359,9 +382,10 @@ class RunData:
     def evaluation(self, stage: str) -> EvalLoaders:
         """The loaders of ``"val"``, ``"test"`` or ``"predict"``, asked for once."""
         if stage not in self.loaded:
+            with self._in_epoch(stage) as epoch:
+                self.loaded[stage] = self._load_evaluation(stage)
             if stage == "val":
-                self.val_epoch = self.trainer.current_epoch
-            self.loaded[stage] = self._load_evaluation(stage)
+                self.val_epoch = epoch
             if self.trainer.state.fn == "fit":
                 self.loaded[stage].keep_places()
             self.counts[stage] = self.loaded[stage].num_batches

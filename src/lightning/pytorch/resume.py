@@ -204,12 +204,13 @@ def take_up(trainer: Trainer) -> None:
     loop, metrics = trainer.fit_loop, trainer._metrics
     p = loop.progress
     # A bound has ended the epoch in the middle, and still stands; with more steps the epoch goes on.
-    stays = p.next is Next.BATCH and p.batch_idx > 0 and not p.ending and loop.done()
+    ends = loop.done() or (loop.may_stop() and any(callback.stopping_reason.value for callback in trainer.early_stopping_callbacks))
+    stays = p.next is Next.BATCH and p.batch_idx > 0 and not p.ending and ends
     if loop.resumed is not None:
         within = None if stays else loop.resumed.get("before_stop")
         _load_metrics(trainer, within or loop.resumed["metrics"])
         loop.random_states = loop.resumed["random"]
-        trainer._data.train_epoch, trainer._data.val_epoch = loop.resumed["loaded_in"]
+        trainer._data.goes_on_with(*loop.resumed["loaded_in"])
         trainer._data.seed = loop.resumed.get("seed")
     is_over, p.stopping = stays and not p.stopping, False
     if is_over:

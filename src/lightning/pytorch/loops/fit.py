@@ -182,7 +182,9 @@ class FitLoop:
 
     def end_batch(self) -> None:
         """What follows the hooks of a batch's end."""
-        p, metrics, stopping = self.progress, self.metrics, self.trainer.should_stop
+        p, metrics = self.progress, self.metrics
+        # A resumed run, which has no batch yet, has been stopped by the validation after these rows.
+        stopping = self.trainer.should_stop and metrics.batch is not None
         if p.stepped >= metrics.flush_at or (stopping and p.updates):
             self.flush(p.stepped, self.log_step, stopping)  # the only device-to-host read
         if p.next is Next.VALIDATE:

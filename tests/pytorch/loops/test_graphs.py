@@ -6,6 +6,7 @@ What only CUDA does is checked on a GPU: tests/gpu/check_compile_cuda.py.
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -597,6 +598,15 @@ def test_manual_optimization_does_not_go_with_it() -> None:
 
     with pytest.raises(MisconfigurationException, match=r"compile='step'.*manual optimization"):
         fitted(Manual, compile="step")
+
+
+def test_changes_by_hooks_between_steps_are_taken_up() -> None:
+    """Those that the checks for a GPU make: weights in other memory, parts set to evaluation, the optimizer's state loaded, ..."""
+    script = Path(__file__).parents[3] / "tests" / "gpu" / "check_compile_cuda.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--only", "changed|validation between"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("PASS") >= 14
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------

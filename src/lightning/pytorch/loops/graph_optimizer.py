@@ -35,6 +35,8 @@ class OptimizerInGraph:
         self.last: list[Any] = []  # learning rates as the device has them, or as they were recorded; the user's own tensors as they are
         self.recorded: list[list[tuple[str, Any]]] = []
         self.sizes: list[int] = []
+        self.state: Any = None
+        self.states = 0  # how many parameters it holds something for
         self.given: list[dict[str, Any]] | None = None  # the flags of each group, as the user gave them
         self.handle: Any = None
 
@@ -87,6 +89,7 @@ class OptimizerInGraph:
         self.last = [group["lr"] for group in groups]
         self.recorded = [[(name, value) for name, value in group.items() if name not in NOT_RECORDED] for group in groups]
         self.sizes = [len(group["params"]) for group in groups]
+        self.state = self.optimizer.state
         if not self.on_device:
             yield
             return
@@ -103,11 +106,17 @@ class OptimizerInGraph:
             for group, lr in zip(groups, own):
                 group["lr"] = lr
 
+    def recorded_state(self) -> None:
+        """A step was recorded, and replayed once."""
+        self.states = len(self.optimizer.state)
+
     def follow(self) -> str | None:
         """Bring the learning rates to the device; returns what has changed that the recording can't follow."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.sizes):
             return "the optimizer's groups"
+        if self.optimizer.state is not self.state or len(self.state) != self.states:
+            return "the optimizer's state"
         for index, group in enumerate(groups):
             lr = group["lr"]
             last = self.last[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from lightning.pytorch.metric_entry import Entry, is_metric
 from lightning.pytorch.metrics import Metrics
 
 Replay = Callable[[], Any]
+
+OF_HOST = "it logs '{}', a number of the host that changes from step to step: log it in a hook of the batch's end"
 
 
 class Recorder(Protocol):
@@ -70,24 +73,30 @@ class CudaRecorder:
     def abandon(self) -> None:
         graph, self.graph = self.graph, None
         if graph is not None:
-            with suppress(RuntimeError):
+            try:
                 graph.capture_end()
+            except RuntimeError:  # what was recorded is void, and the allocator has not been told of the end
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
         torch.cuda.synchronize(self.device)
 
     @contextmanager
     def noticing(self, watch: Watch) -> Iterator[None]:
         """Let torch warn of each read, and note where it comes from."""
-        before = torch.cuda.get_sync_debug_mode()
+        before, thread = torch.cuda.get_sync_debug_mode(), threading.get_ident()
         with warnings.catch_warnings():
             show = warnings.showwarning
 
             def noting(message: Any, *args: Any, **kwargs: Any) -> None:
                 if "synchronizing CUDA operation" in str(message):
+                    if threading.get_ident() != thread:
+                        return
                     watch.note(f"it reads from the device{here()}, for which the host would have to wait in the middle of a replay")
                 else:
                     show(message, *args, **kwargs)
 
             warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
             warnings.showwarning = noting
             torch.cuda.set_sync_debug_mode("warn")
             try:
@@ -169,10 +178,17 @@ class LogRecorder:
         self.metrics, self.device = metrics, device
         self.shadows: dict[int, Shadow] = {}
         self.logged: list[Logged] = []
+        self.numbers: dict[tuple[Any, str], Any] = {}  # of the host that were logged, by the kind of the step and their names
+        self.key: Any = None  # the kind of the step that is recorded
 
     @contextmanager
-    def recording(self) -> Iterator[list[Logged]]:
-        """Inside of it values are recorded; gives the list of them."""
+    def recording(self, key: Any) -> Iterator[list[Logged]]:
+        """Inside of it values are recorded; gives the list of them.
+
+        Args:
+            key: the kind of the step.
+        """
+        self.key = key
         for entry in (self.metrics.entries or {}).values():
             if entry.on_epoch and not entry.takes_metric and id(entry) not in self.shadows:
                 self.shadows[id(entry)] = entry.shadow = Shadow(entry, self.device)
@@ -183,12 +199,35 @@ class LogRecorder:
         finally:
             del vars(self.metrics)["log"]
 
+    @contextmanager
+    def noting(self, watch: Watch, key: Any) -> Iterator[None]:
+        """Inside of it values are logged as always; numbers of the host among them that change are noted.
+
+        Args:
+            watch: takes the note.
+            key: the kind of the step, within which such a number must stay the same.
+        """
+        metrics = self.metrics
+
+        def log(module: Any, name: str, value: Any, given: tuple[Any, ...], batch_size: int | None) -> None:
+            Metrics.log(metrics, module, name, value, given, batch_size)
+            of_host = metrics.scope == "training_step" and not isinstance(value, Tensor) and not is_metric(value)
+            if of_host and self.numbers.setdefault((key, name), value) != value:
+                watch.note(f"{OF_HOST.format(name)}{here()}")
+
+        vars(metrics)["log"] = log
+        try:
+            yield
+        finally:
+            del vars(metrics)["log"]
+
     def forget(self) -> None:
         """Let go of all totals, which the entries get."""
         for shadow in self.shadows.values():
             shadow.hand_over()
             shadow.entry.shadow = None
         self.shadows = {}
+        self.numbers = {}
 
     def log(self, module: Any, name: str, value: Any, given: tuple[Any, ...], batch_size: int | None) -> None:
         """Record one value.
@@ -210,6 +249,8 @@ class LogRecorder:
         weight: float = 1
         if entry.weighted:
             weight = batch_size if batch_size is not None else (metrics.batch_size or metrics._infer_batch_size())
+        if not isinstance(value, Tensor) and self.numbers.get((self.key, name), value) != value:
+            raise NotReplayable(f"{OF_HOST.format(name)}{here()}")
         if not isinstance(value, Tensor) or value.device.type != self.device.type:
             self.logged.append(Logged(entry, value, weight, None))
             return

@@ -161,9 +161,22 @@ class Watch:
                 return f"self.{name}"
         return None
 
+    def places(self) -> list[Any]:
+        """What a hook of the user may change between any two steps: where weights and buffers lie, which modules are in training mode."""
+        found: list[Any] = []
+        for part in self.module.modules():
+            found.append(part.training)
+            found.extend(tensor.data_ptr() for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None)
+        return found
+
     def state_elsewhere(self) -> dict[str, Any]:
         """What a step may depend on and :meth:`changed` does not ask: the modules within, and containers that the step has read."""
         return host_state(self.module, self.device, self.containers)
+
+
+def place_of(tensor: Tensor) -> int:
+    """Where the elements of a tensor lie."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0
 
 
 def host_state(module: Module, device: torch.device, own: Container[str] | None = None) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def describe(name: str, value: Any, found: dict[str, Any], seen: set[int], devic
         found[name] = value if value == value else "nan"
     elif isinstance(value, Tensor):
         # Changes in place are the device's; those of a tensor on the host are not.
-        found[name] = (id(value), value.requires_grad, value._version if value.device.type != device.type else 0)
+        found[name] = (id(value), value.requires_grad, place_of(value), value._version if value.device.type != device.type else 0)
     elif depth >= DEEPEST or isinstance(value, (Module, type)) or callable(value) or id(value) in seen:
         found[name] = id(value)
     elif isinstance(value, (list, tuple, set, frozenset, deque)):

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.dispatch import no_op
+from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import no_op, override_of
 from lightning.pytorch.loops.graph_optimizer import OptimizerInGraph
 from lightning.pytorch.loops.graph_recording import Logged, LogRecorder, Recorder
 from lightning.pytorch.loops.graph_watch import PLAIN, NotReplayable, Watch, place
@@ -34,6 +36,9 @@ MOST_GRAPHS = 8  # recorded at once
 MOST_SHAPES = 64  # that are counted
 MOST_CHANGES = 3  # of what is constant in a recording, before it is given up
 WITHIN = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")  # hooks that run inside of a step
+AROUND = ("on_train_batch_start", "on_train_batch_end")  # those that run between two steps
+
+GRADIENT_GONE = "a hook in the middle of a step has set a gradient to None, which a replay can't follow"
 
 Work = Callable[[], Any]
 
@@ -53,6 +58,22 @@ class Graph:
         self.outputs: Any = None
         self.loss: Any = None
         self.gradients: list[tuple[Tensor, Tensor]] = []  # parameters, with those that the recording writes
+
+    def give_gradients(self) -> None:
+        """Let the parameters have the gradients that the recording writes."""
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+    def take_gradients(self) -> bool:
+        """Let the recording go on with gradients that a hook has put in place of its own; returns whether one is gone."""
+        gone = False
+        for parameter, gradient in self.gradients:
+            if parameter.grad is None:
+                gone = True
+            elif parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+                parameter.grad = gradient
+        return gone
 
 
 class StepGraphs:
@@ -80,8 +101,10 @@ class StepGraphs:
         self.seen: dict[Any, int] = {}
         self.current: Graph | None = None
         self.watching = False
-        self.epoch = -1
+        self.epoch, self.validated_at = -1, 0.0
         self.state: dict[str, Any] = {}
+        self.places: list[Any] = []
+        self.gone = False  # whether a hook has let go of a gradient
         self.fixed: dict[Tensor, Tensor] = {}  # gradients that add up over several recordings, by their parameters
         self.watch = Watch(self.trainer.lightning_module, self.device, attributes=self.trainer._config.compile_options is None)
 
@@ -96,6 +119,12 @@ class StepGraphs:
         vars(loop)["closure"] = partial(self.run, self.plain_closure)
         if not loop.user_steps:
             loop.update = self.update
+        self.hooks_act = any(
+            override_of(owner, name, base) is not None
+            for owner, base in [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
+            for name in AROUND
+            if not type(owner).__module__.startswith("lightning.")
+        )
         if self.optimizer is None or self.optimizer.optimizer is not loop.optimizer:
             scheduled = bool(self.trainer.strategy.lr_scheduler_configs)
             self.optimizer = OptimizerInGraph(loop.optimizer, self.device, scheduled)
@@ -139,8 +168,10 @@ class StepGraphs:
         loop = self.loop
         if self.off:
             return work()
-        if loop.progress.epoch != self.epoch:
-            self.begin_epoch()
+        if loop.progress.epoch != self.epoch or loop.validated_at != self.validated_at:
+            self.ask_hooks()
+        elif self.hooks_act and self.current is not None and self.watch.places() != self.places:
+            self.forget()
         leaves: list[Tensor] = []
         try:
             key = self.kind(), signature(loop.batch, leaves)
@@ -162,10 +193,10 @@ class StepGraphs:
         place = p.batch_idx % loop.accumulate
         return loop.accumulate, loop.window(), place == 0, p.updates, place + 1 if p.is_last else 0
 
-    def begin_epoch(self) -> None:
-        """See whether hooks have changed what is constant in the recordings."""
+    def ask_hooks(self) -> None:
+        """At the beginning of an epoch and after a validation: see whether hooks have changed what is constant in the recordings."""
         loop, entries = self.loop, self.trainer._metrics.entries or {}
-        self.epoch = loop.progress.epoch
+        self.epoch, self.validated_at = loop.progress.epoch, loop.validated_at
         state = self.watch.state_elsewhere()
         logged = all(
             entries.get((each.entry.scope, each.entry.name, each.entry.dataloader_idx)) is each.entry
@@ -174,13 +205,16 @@ class StepGraphs:
         )
         if self.graphs and (not logged or any(state.get(name) != value for name, value in self.state.items())):
             self.forget()
-            self.epoch = loop.progress.epoch
+            self.epoch, self.validated_at = loop.progress.epoch, loop.validated_at
         self.state = state
 
     def is_valid(self) -> bool:
         """Whether what is constant in the recordings still is so; else they are forgotten."""
         assert self.optimizer is not None
         name = (None if self.loop.user_steps else self.optimizer.follow()) or self.watch.changed()
+        if self.gone:
+            self.give_up(GRADIENT_GONE)
+            return False
         if name is None:
             return True
         self.changes += 1
@@ -198,7 +232,7 @@ class StepGraphs:
         if seen < WARM_UP:
             if seen or len(self.seen) < MOST_SHAPES:
                 self.seen[key] = seen + 1
-            return self.observe(work, seen == WARM_UP - 1)
+            return self.observe(key, work, seen == WARM_UP - 1)
         if len(self.graphs) >= MOST_GRAPHS:
             if not self.told_of_many:
                 self.told_of_many = True
@@ -209,8 +243,14 @@ class StepGraphs:
             return work()
         return self.record(key, work)
 
-    def observe(self, work: Work, last: bool) -> Any:
-        """Run a step as always, and look whether it can be replayed."""
+    def observe(self, key: Any, work: Work, last: bool) -> Any:
+        """Run a step as always, and look whether it can be replayed.
+
+        Args:
+            key: its kind.
+            work: the step.
+            last: whether it is recorded the next time.
+        """
         optimizer = self.optimizer
         assert optimizer is not None
         try:
@@ -223,7 +263,7 @@ class StepGraphs:
         before = optimizer.host_state()
         self.watching = True
         try:
-            with self.hooks_as(self.unwatched), ExitStack() as contexts:
+            with self.hooks_as(self.unwatched), self.logs.noting(self.watch, key), ExitStack() as contexts:
                 if last:  # the first one may read from the device to choose kernels
                     contexts.enter_context(self.recorder.noticing(self.watch))
                 result = work()
@@ -258,11 +298,15 @@ class StepGraphs:
         """``hook``, which is never recorded, and may do as it likes."""
 
         def run(*args: Any) -> Any:
+            before = [each.grad for each in self.parameters()]
             self.watch.paused = True
             try:
-                return hook(*args)
+                result = hook(*args)
             finally:
                 self.watch.paused = False
+            if any(old is not None and each.grad is None for old, each in zip(before, self.parameters())):
+                self.watch.note(GRADIENT_GONE)
+            return result
 
         return run
 
@@ -276,10 +320,13 @@ class StepGraphs:
 
     def fix_gradients(self) -> None:
         """Let gradients stay where they are from one step to the next, for they add up over several recordings."""
-        for group in self.loop.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter not in self.fixed:
-                    self.fixed[parameter] = parameter.grad
+        for parameter in self.parameters():
+            if parameter.grad is not None and parameter not in self.fixed:
+                self.fixed[parameter] = parameter.grad
+
+    def parameters(self) -> list[Tensor]:
+        """Of the optimizer."""
+        return [parameter for group in self.loop.optimizer.param_groups for parameter in group["params"]]
 
     # ---- recording --------------------------------------------------------------------------------------------------
 
@@ -295,10 +342,10 @@ class StepGraphs:
         try:
             loop.batch = graph.batch
             if any(getattr(loop.hooks, name) is not no_op for name in WITHIN):
-                with self.recording(Graph(None, []), rehearses=True):
+                with self.recording(Graph(None, []), key, rehearses=True):
                     work()
                     self.recorder.end()
-            with self.recording(graph):
+            with self.recording(graph, key):
                 graph.loss = work()
                 graph.nodes.append(self.recorder.end())
         except Exception as error:
@@ -310,22 +357,23 @@ class StepGraphs:
             self.give_up(found if isinstance(error, NotReplayable) else found + place(traceback.extract_tb(error.__traceback__)))
             return work()
         graph.nodes[-1]()
+        self.optimizer.recorded_state()  # type: ignore[union-attr]
         graph.outputs = loop.outputs
-        parameters = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
-        graph.gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        graph.gradients = [(parameter, parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         self.graphs[key] = self.current = graph
-        self.state = self.watch.state_elsewhere()
+        self.state, self.places = self.watch.state_elsewhere(), self.watch.places()
         self.follow(graph)
         if loop.accumulate > 1 and any(parameter not in self.fixed for parameter, _ in graph.gradients):
             self.give_up("some parameters get gradients in some batches of an accumulation window only")
         return graph.loss
 
     @contextmanager
-    def recording(self, graph: Graph, rehearses: bool = False) -> Iterator[None]:
+    def recording(self, graph: Graph, key: Any, rehearses: bool = False) -> Iterator[None]:
         """What the loop's closure does inside of this is recorded; hooks of the user run between two pieces.
 
         Args:
             graph: gets them.
+            key: the kind of the step.
             rehearses: run no hooks, so that one can see whether a step can be recorded before anything has happened.
         """
         assert self.optimizer is not None
@@ -333,7 +381,7 @@ class StepGraphs:
         def instead(hook: Callable[..., Any]) -> Callable[..., Any]:
             return no_op if rehearses else partial(self.interrupt, graph, hook)
 
-        with self.optimizer.recording(), self.logs.recording() as logged, self.hooks_as(instead):
+        with self.optimizer.recording(), self.logs.recording(key) as logged, self.hooks_as(instead):
             graph.logged = logged
             self.recorder.begin()
             yield
@@ -342,33 +390,38 @@ class StepGraphs:
         """Run a hook in the middle of a step: on values, so what was recorded until here is replayed before."""
         graph.nodes.append(self.recorder.end())
         graph.nodes[-1]()
+        graph.gradients = [(each, each.grad) for each in self.parameters() if each.grad is not None]
         log = vars(self.trainer._metrics).pop("log")
         try:
-            hook(*args)
+            self.call(graph, hook, *args)
         finally:
             vars(self.trainer._metrics)["log"] = log
-        graph.nodes.append(partial(hook, *args))
+        graph.nodes.append(partial(self.call, graph, hook, *args))
         self.recorder.begin()
+
+    def call(self, graph: Graph, hook: Callable[..., Any], *args: Any) -> None:
+        """Run a hook between two pieces of a recording."""
+        graph.give_gradients()
+        hook(*args)
+        if graph.take_gradients() and not self.off:
+            rank_zero_warn(f"Trainer(compile='step'): {GRADIENT_GONE}; in this step it counts as it was.")
+            self.gone = True
 
     # ---- replaying --------------------------------------------------------------------------------------------------
 
     def replay(self, graph: Graph, leaves: list[Tensor]) -> Any:
         """A step that was recorded: copy the batch, launch."""
         if self.current is not graph:
-            self.switch(graph)
+            self.leave()
+            self.current = graph
         if leaves:
             torch._foreach_copy_(graph.inputs, leaves)
         for node in graph.nodes:
             node()
+        if graph.gradients and graph.gradients[0][0].grad is not graph.gradients[0][1]:
+            graph.give_gradients()  # validation has freed them, or another recording has run
         self.follow(graph)
         return graph.loss
-
-    def switch(self, graph: Graph) -> None:
-        """Make the memory of another recording the one that is used."""
-        self.leave()
-        for parameter, gradient in graph.gradients:
-            parameter.grad = gradient
-        self.current = graph
 
     def leave(self) -> None:
         """Something else than the current recording runs next, and may use its memory."""

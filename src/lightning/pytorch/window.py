@@ -48,6 +48,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "accumulate": loop.accumulate,
         "gathered": loop.gathered,
         "spent": [index for index, optimizer in enumerate(trainer.strategy.optimizers) if id(optimizer) in loop.spent],
+        "stepped": [index for index, optimizer in enumerate(trainer.strategy.optimizers) if id(optimizer) in loop.stepped],
         "runs_backward": loop.runs_backward,
     }
 
@@ -65,6 +66,7 @@ def go_on(trainer: Trainer, saved: dict[str, Any] | None, with_gradients: bool) 
     loop, optimizers = trainer.fit_loop, trainer.strategy.optimizers
     if not trainer.lightning_module.automatic_optimization:
         loop.spent.update(id(optimizers[index]) for index in saved["spent"])
+        loop.stepped.update(id(optimizers[index]) for index in saved["stepped"])
         loop.runs_backward = saved["runs_backward"]
         return
     if not with_gradients:

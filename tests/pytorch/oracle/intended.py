@@ -91,6 +91,7 @@ INTENDED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("schedulers_by_steps",): (FREQUENCY, IN_FILE),
     ("resume_with_accumulation", "inside a window"): (f"{WINDOW}; {EXACT}", IN_FILE),
     ("resume_by_max_steps",): (EXACT, IN_FILE),
+    ("resume_of_a_finished_run",): (EXACT, IN_FILE),
     ("counters_after_runs", "no training"): ("nothing will be trained, so no step is estimated", IN_FILE),
     ("counters_after_runs", "zero epochs"): ("nothing will be trained, so no step is estimated", IN_FILE),
     ("estimated_stepping_batches_in_different_runs", "stream"): ("a stream without a bound has no end, not -1 steps", IN_FILE),

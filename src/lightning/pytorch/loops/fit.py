@@ -64,6 +64,7 @@ class FitLoop:
         self.accumulate = 1
         self.gathered = 0  # batches of the current accumulation window whose gradients are in `.grad`
         self.spent: set[int] = set()  # manual optimization: the ids of the optimizers that stepped since `manual_backward` ran last
+        self.stepped: set[int] = set()  # likewise of those that stepped for the current batch, or the one before
         self.runs_backward = False  # manual optimization: whether `manual_backward` is what runs backward
         self.log_step = 0
         self.entries: dict[Any, Entry] = {}
@@ -318,6 +319,7 @@ class FitLoop:
     def manual_step(self, batch: Any) -> None:
         """The user's ``training_step`` does everything."""
         self.metrics.scope = "training_step"
+        self.stepped.clear()
         self.progress.updates = True
         with self.forward_context():
             outputs = self.training_step(batch, self.progress.batch_idx)
@@ -352,6 +354,7 @@ class FitLoop:
         if not automatic:
             self.progress.global_step += 1
             self.spent.add(id(optimizer))
+            self.stepped.add(id(optimizer))
         return result
 
     # ---- validation ---------------------------------------------------------------------------------------------------
@@ -392,7 +395,8 @@ class FitLoop:
         """Whether there are gradients, and none that a step is still to use."""
         if self.trainer.lightning_module.automatic_optimization:
             return self.progress.updates and self.metrics.batch is not None  # a resumed run has none yet
-        return all(id(optimizer) in self.spent for optimizer in self.trainer.strategy.optimizers)
+        # One that steps for each batch has no window, whoever's backward has reached its weights since.
+        return all(id(optimizer) in self.stepped for optimizer in self.trainer.strategy.optimizers)
 
     def after_validation(self) -> None:
         """From here on a checkpoint says that this validation is done."""
@@ -453,6 +457,7 @@ class FitLoop:
         self.rows_due = self.runs_backward = self.reading = False
         self.gathered = 0
         self.spent.clear()
+        self.stepped.clear()
         self.accumulate = trainer.accumulate_grad_batches
         self.forward_context = bind.forward_context(trainer, "train")
         self.no_backward_sync = trainer.strategy.no_backward_sync

@@ -140,6 +140,7 @@ def test_torchrun_shows_the_first_cause(run: Run, deed: str, cause: str) -> None
     script = str(Path(__file__).parent / "program.py")
     done = run(*HANG, deed, command=[*TORCHRUN, script], timeout=SOON)
     assert done.code == 1
+    assert "Root Cause" in done.error, done.error
     summary = done.error[done.error.index("Root Cause") :]
     assert "rank      : 1" in summary
     assert cause in summary

@@ -225,6 +225,8 @@ def _compare_groups(trainer: Trainer, states: list[Any], saved_names: list[list[
     names = _parameter_names(trainer)
     for index, (optimizer, state) in enumerate(zip(trainer.optimizers, states)):
         groups = state.get("param_groups") if isinstance(state, dict) else None
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            continue  # an engine's own, which flattens what it divides
         if groups is None or not all("params" in group for group in groups):
             continue
         saved, here = [len(group["params"]) for group in groups], [len(group["params"]) for group in optimizer.param_groups]

@@ -184,6 +184,8 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
             ckpt.restore_modules(trainer, checkpoint)
     strategy.expect_engine_state((checkpoint or {}).get("keraunos", {}).get("engine", {}))
     strategy.setup(trainer)
+    if fitting:
+        trainer.fit_loop.configured = ckpt.values_of_groups(trainer.optimizers)  # before an engine restores its own
     if trainer.enable_autolog_hparams and trainer.loggers:
         from lightning.pytorch.loggers.utilities import log_hyperparams
 
@@ -195,7 +197,6 @@ def set_up(trainer: Trainer, path: Any, weights_only: bool | None) -> None:
         trainer.fit_loop.bind()
         trainer._hooks.on_fit_start()
         trainer.fit_loop.refresh()
-        trainer.fit_loop.configured = ckpt.values_of_groups(trainer.optimizers)
         if checkpoint is not None:
             ckpt.restore_training(trainer, checkpoint)
     if checkpoint is not None:

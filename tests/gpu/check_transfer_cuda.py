@@ -61,6 +61,8 @@ class Model(LightningModule):
         x = first.expand(4096, 4096)
         for _ in range(self.rounds):
             x = torch.tanh(self.layer(x))
+        if not self.rounds:
+            x = x + self.layer.bias
         self.seen.append(torch.stack([batch.min(), batch.max()]))  # after the work: memory that was given away shows here
         return x.mean()
 

@@ -335,6 +335,12 @@ class MixedPrecision(Precision):
             self._update_due = False
             self.grad_scaler.update()
 
+    def forget_step(self) -> None:
+        """Let go of what a step has left that was begun and never done: its overflows, and which gradients it had unscaled."""
+        self._update_due = False
+        if self.policy.scaler:
+            self.grad_scaler._per_optimizer_states.clear()
+
     def autocast_context_manager(self) -> torch.autocast:
         """Return a new ``torch.autocast`` for this precision."""
         return torch.autocast(self.autocast.device_type, dtype=self.autocast.dtype)

@@ -46,7 +46,7 @@ class Place:
         if not self.is_cuda:
             raise Skip("needs CUDA")
 
-    def trainer(self, precision: str = "32-true", **options: Any) -> L.Trainer:
+    def trainer(self, precision: str | None = "32-true", **options: Any) -> L.Trainer:
         """A quiet trainer on this device."""
         plain: dict[str, Any] = {
             "accelerator": self.device.type, "devices": [self.device.index or 0] if self.is_cuda else 1, "precision": precision,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import tempfile
 import warnings
@@ -208,7 +207,7 @@ class Run:
 
 
 def trained(
-    place: Place, module: Any, data: Any, compile: Any, precision: str = "32-true", val: Any = None, path: Any = None, **options: Any
+    place: Place, module: Any, data: Any, compile: Any, precision: str | None = "32-true", val: Any = None, path: Any = None, **options: Any
 ) -> Run:
     """A fit from the same random numbers on."""
     losses, rows = Losses(), Rows()
@@ -247,6 +246,8 @@ def same(eager: Run, replayed: Run) -> None:
     flags = [{name: group.get(name) for name in ("fused", "capturable")} for group in replayed.trainer.optimizers[0].param_groups]
     given = [{name: group.get(name) for name in ("fused", "capturable")} for group in eager.trainer.optimizers[0].param_groups]
     assert flags == given, (flags, given)
+    theirs, ours = (run.trainer.precision_plugin.state_dict() for run in (eager, replayed))
+    assert ours == theirs, (ours, theirs)
 
 
 # ---- equal --------------------------------------------------------------------------------------------------------
@@ -264,6 +265,7 @@ class Case:
         least: how many replays there must be.
         watch: makes a callback with ``seen()``, of which both runs must be equal.
         val: whether there are validation batches.
+        scaler: arguments of a scaler for 16-mixed.
     """
 
     task: dict[str, Any] = field(default_factory=dict)
@@ -273,6 +275,7 @@ class Case:
     least: int = 25
     watch: Callable[[], Any] | None = None
     val: bool = False
+    scaler: dict[str, Any] | None = None
 
 
 NORM, VALUE = {"gradient_clip_val": 0.5}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
@@ -286,6 +289,8 @@ CASES = {
     "clipping by value": Case(options=VALUE),
     "16-mixed": Case(precision="16-mixed"),
     "16-mixed, clipping, accumulation, logs": Case(LOG, {"accumulate_grad_batches": 2, **NORM}, "16-mixed", least=20),
+    "16-mixed, overflows": Case(LOG, precision="16-mixed", scaler={"init_scale": 2.0**24, "growth_interval": 2}),
+    "16-mixed, overflows, clipping": Case(LOG, NORM, "16-mixed", scaler={"init_scale": 2.0**24, "growth_interval": 2}),
     "bf16-mixed": Case(precision="bf16-mixed"),
     "bf16-mixed, clipping by norm": Case(options=NORM, precision="bf16-mixed"),
     "dropout": Case({"dropout": 0.3}),
@@ -340,15 +345,15 @@ def runs_of(place: Place, case: Case) -> tuple[Run, Run, list[Any]]:
             callbacks.append(case.watch())
         val = data_of(place, 2) if case.val else None
         data = data_of(place, smaller=case.smaller)
-        found.append(trained(place, module, data, compile, case.precision, val, callbacks=callbacks, **case.options))
+        options = {"precision": case.precision, **case.options}
+        if case.scaler is not None:
+            options |= place.scaled(**case.scaler)
+        found.append(trained(place, module, data, compile, val=val, callbacks=callbacks, **options))
         watched.append(callbacks)
     return found[0], found[1], watched
 
 
 def equal(place: Place, case: Case) -> str:
-    if case.precision == "16-mixed" and not place.is_cuda:
-        case = copy.copy(case)
-        case.precision = "bf16-mixed"  # the scaler of the CPU reads from tensors
     with deterministic():
         eager, replayed, watched = runs_of(place, case)
     assert not replayed.told, replayed.told

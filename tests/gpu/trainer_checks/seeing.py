@@ -85,7 +85,7 @@ def rates(place: Place) -> str:
 def times(place: Place) -> str:
     place.require_cuda()
     step = seconds_asleep(place, 0.01)
-    trainer = place.trainer(max_epochs=2, profiler="epoch")
+    trainer = place.trainer(max_epochs=2, profiler="epoch", logger=Rows())
     trainer.fit(Asleep(place, 0.01, log={"on_epoch": True}), batches(20, pin=True))
     for found in trainer.profiler.times:
         assert 0.95 * 20 * step < found["device_steps"] < 1.3 * 20 * step, (found, step)

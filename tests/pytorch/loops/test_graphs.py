@@ -603,7 +603,7 @@ def test_manual_optimization_does_not_go_with_it() -> None:
 def test_changes_by_hooks_between_steps_are_taken_up() -> None:
     """Those that the checks for a GPU make: weights in other memory, parts set to evaluation, the optimizer's state loaded, ..."""
     script = Path(__file__).parents[3] / "tests" / "gpu" / "check_compile_cuda.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--only", "changed|validation between"]
+    command = [sys.executable, str(script), "--device", "cpu", "--only", "changed|validation between|as eager: 16-mixed"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("PASS") >= 14
@@ -655,7 +655,7 @@ def test_a_replayed_step_keeps_to_the_budget_of_an_eager_one() -> None:
 
 
 def test_without_a_device_that_records_steps_run_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(graph_recording, "recorder_of", lambda device: None)
     plain = fitted(Model)
     with pytest.warns(UserWarning, match="needs a CUDA device"):
         run = fitted(Model, compile="step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -55,10 +56,11 @@ class CudaRecorder:
         self.device = device
         self.pool: Any = None
         self.graph: Any = None
+        self.alive: weakref.WeakSet[Any] = weakref.WeakSet()  # which recordings hold the pool
 
     def begin(self) -> None:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+        if not self.alive:
+            self.pool = torch.cuda.graph_pool_handle()  # the one before is gone with its last recording
         gc.collect()  # nothing of another recording may be freed in the middle of this one
         torch.cuda.synchronize(self.device)
         self.graph = torch.cuda.CUDAGraph()
@@ -68,6 +70,7 @@ class CudaRecorder:
     def end(self) -> Replay:
         graph, self.graph = self.graph, None
         graph.capture_end()
+        self.alive.add(graph)
         return graph.replay  # type: ignore[no-any-return]
 
     def abandon(self) -> None:
@@ -75,9 +78,12 @@ class CudaRecorder:
         if graph is not None:
             try:
                 graph.capture_end()
-            except RuntimeError:  # what was recorded is void, and the allocator has not been told of the end
+            except RuntimeError:  # what was recorded is void; neither the allocator nor the generator has been told of the end
+                index = self.device.index or 0
                 with suppress(Exception):
-                    torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+                    torch._C._cuda_endAllocateToPool(index, self.pool)
+                generator = torch.cuda.default_generators[index]
+                generator.graphsafe_set_state(generator.clone_state())
         torch.cuda.synchronize(self.device)
 
     @contextmanager

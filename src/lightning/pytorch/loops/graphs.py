@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning.fabric.precision import MixedPrecision
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks.callback import Callback
@@ -119,6 +120,9 @@ class StepGraphs:
         vars(loop)["closure"] = partial(self.run, self.plain_closure)
         if not loop.user_steps:
             loop.update = self.update
+        precision = self.trainer.strategy.precision
+        scales = isinstance(precision, MixedPrecision) and precision.policy.scaler
+        self.update_scale, self.forget_scale = (precision.update_scale, precision.forget_step) if scales else (no_op, no_op)  # type: ignore[union-attr]
         self.hooks_act = any(
             override_of(owner, name, base) is not None
             for owner, base in [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
@@ -339,17 +343,21 @@ class StepGraphs:
         signature(graph.batch, inputs)
         if loop.accumulate > 1:
             self.fix_gradients()
+        self.update_scale()  # by the step before; that of this one is part of the recording, which finds its overflows nowhere else
         try:
             loop.batch = graph.batch
             if any(getattr(loop.hooks, name) is not no_op for name in WITHIN):
                 with self.recording(Graph(None, []), key, rehearses=True):
                     work()
+                    self.update_scale()
                     self.recorder.end()
             with self.recording(graph, key):
                 graph.loss = work()
+                self.update_scale()
                 graph.nodes.append(self.recorder.end())
         except Exception as error:
             self.recorder.abandon()
+            self.forget_scale()
             loop.batch = batch
             if graph.nodes:
                 raise  # of a hook in the middle of the step
@@ -416,6 +424,7 @@ class StepGraphs:
             self.current = graph
         if leaves:
             torch._foreach_copy_(graph.inputs, leaves)
+        self.update_scale()
         for node in graph.nodes:
             node()
         if graph.gradients and graph.gradients[0][0].grad is not graph.gradients[0][1]:

@@ -92,6 +92,8 @@ class StepGraphs:
         self.optimizer: OptimizerInGraph | None = None
         self.logs = LogRecorder(trainer._metrics, self.device)
         self.off = self.told_of_many = False
+        self.update_scale: Work = no_op
+        self.forget_scale: Work = no_op
         self.changes = 0
         self.forget()
 
@@ -121,8 +123,8 @@ class StepGraphs:
         if not loop.user_steps:
             loop.update = self.update
         precision = self.trainer.strategy.precision
-        scales = isinstance(precision, MixedPrecision) and precision.policy.scaler
-        self.update_scale, self.forget_scale = (precision.update_scale, precision.forget_step) if scales else (no_op, no_op)  # type: ignore[union-attr]
+        if isinstance(precision, MixedPrecision) and precision.policy.scaler:
+            self.update_scale, self.forget_scale = precision.update_scale, precision.forget_step
         self.hooks_act = any(
             override_of(owner, name, base) is not None
             for owner, base in [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]

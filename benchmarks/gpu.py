@@ -219,6 +219,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"version": module.__version__, "torch": torch.__version__, "models": {}, "memory": {}}
     blocks, *steps = length(args)
     for (name, of), count in zip(SETTINGS.items(), steps):
+        if name not in args.models:
+            continue
         setting, rows = of(args.tiny), found["models"].setdefault(name, {})
         names = [each for each in args.only if VARIANTS[each].compile is None or compiles(module)]
         for variant in names:
@@ -251,7 +253,8 @@ def write(path: Path, figures: dict[str, Any]) -> None:
 
 def length(args: argparse.Namespace) -> tuple[int, int, int]:
     """Blocks, and the steps in one for both models."""
-    return TINY if args.tiny else QUICK if args.quick else FULL
+    blocks, *steps = TINY if args.tiny else QUICK if args.quick else FULL
+    return args.blocks or blocks, *steps  # type: ignore[return-value]
 
 
 def measure_in_process(python: str | None, args: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +266,8 @@ def measure_in_process(python: str | None, args: argparse.Namespace) -> dict[str
     """
     path = args.json.with_name(f"{args.json.stem}_{'lightning' if python else 'ours'}_part.json")  # left where this process is killed
     path.unlink(missing_ok=True)
-    arguments = ["--measure", "--device", args.device, "--json", str(path), "--only", *args.only]
+    arguments = ["--measure", "--device", args.device, "--json", str(path), "--only", *args.only, "--models", *args.models]
+    arguments += ["--blocks", str(args.blocks)] if args.blocks else []
     arguments += [f"--{name}" for name in ("quick", "tiny") if getattr(args, name)] + ([] if args.pinned else ["--on-device"])
     code: int | str
     try:
@@ -301,7 +305,7 @@ def table(figures: dict[str, Any]) -> str:
     """Microseconds per step of all, and peaks of memory."""
     ours, upstream = figures["ours"], figures["lightning"]
     lines = []
-    for model in SETTINGS:
+    for model in figures["models"]:
         rows = [[model, "by hand", "graph", "trainer", "x by hand", "x graph", ""], *rows_of(model, ours, "ours")]
         if upstream is not None:
             rows += rows_of(model, upstream, f"lightning {upstream['version']}")
@@ -343,6 +347,8 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--default", action="store_true", help='measure compile="default" too')
     parser.add_argument("--on-device", dest="pinned", action="store_false", help="batches lie on the device, not in pinned memory")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="MODEL", help=", ".join(SETTINGS))
+    parser.add_argument("--blocks", type=int, help="measured blocks of each loop")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu.json", help="where the figures go")
     parser.add_argument("--limit", type=float, default=400, help="seconds that one interpreter may take; what it has measured counts")
     parser.add_argument("--measure", action="store_true", help="measure the lightning of this interpreter, and print nothing")
@@ -365,7 +371,7 @@ def main() -> None:
     blocks, *steps = length(args)
     machine = describe_machine()
     machine["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"]
-    figures = {**machine, "blocks": blocks, "steps": dict(zip(SETTINGS, steps)), "pinned": args.pinned}
+    figures = {**machine, "blocks": blocks, "steps": dict(zip(SETTINGS, steps)), "models": args.models, "pinned": args.pinned}
     figures |= {"ours": measure_in_process(None, args), "lightning": None}
     write(args.json, figures)
     if args.lightning:

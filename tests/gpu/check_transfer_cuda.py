@@ -92,19 +92,19 @@ def fitted(model: LightningModule, loader: Any, **arguments: Any) -> float:
 def check_batches_arrive_whole() -> None:
     for loader in (DataLoader(Big(), batch_size=4, pin_memory=True), DataLoader(Big(), batch_size=4)):
         model = Model(2)
-        fitted(model, loader, overlap_transfer=True)
+        fitted(model, loader)
         for index, seen in enumerate(model.seen):
             first = index % (STEPS // 4) * 4
             assert seen.tolist() == [first, first + 3], (index, seen.tolist())
 
 
 def check_copies_run_beside_steps() -> None:
-    rounds = 2
-    while fitted(Model(rounds), Pinned()) < 1.3 * fitted(Model(0), Pinned()):
-        rounds *= 2  # until the work of a step takes a good part of the time
-    apart, alone = fitted(Model(rounds), Pinned(), overlap_transfer=True), fitted(Model(rounds), Pinned())
-    print(f"    an epoch takes {apart * 1e3:.0f} ms with copies beside steps, {alone * 1e3:.0f} ms with copies between them")
-    assert apart < 0.95 * alone
+    copies = fitted(Model(0), Pinned(), overlap_transfer=False)
+    fitted(Model(8), Pinned(), overlap_transfer=False)  # the first one chooses kernels
+    rounds = max(1, round(8 * copies / (fitted(Model(8), Pinned(), overlap_transfer=False) - copies)))  # work takes as long as copies
+    apart, alone = fitted(Model(rounds), Pinned()), fitted(Model(rounds), Pinned(), overlap_transfer=False)
+    print(f"    {rounds} rounds: an epoch takes {apart * 1e3:.0f} ms with copies beside steps, {alone * 1e3:.0f} ms with copies between them")
+    assert apart < 0.85 * alone
 
 
 def check_own_transfer_that_reads_the_device_is_noticed() -> None:
@@ -130,16 +130,19 @@ def check_own_transfer_that_reads_the_device_is_noticed() -> None:
 
 
 def check_no_sync() -> None:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fitted_model = Model(1)
-        fitted_model.on_train_epoch_start = fitted_model.on_train_epoch_end = lambda *_: None  # type: ignore[assignment]
-        Trainer(
-            accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, overlap_transfer=True,
-        ).fit(fitted_model, Pinned())  # fmt: skip
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    """No operation of a step or a copy makes the host wait for all that the device still has to do."""
+    for arguments in ({}, {"overlap_transfer": True}):
+        model = Model(1)
+        model.on_train_epoch_start = lambda *_: torch.cuda.set_sync_debug_mode("error")  # type: ignore[method-assign]
+        model.on_train_epoch_end = lambda *_: torch.cuda.set_sync_debug_mode("default")  # type: ignore[method-assign]
+        try:
+            Trainer(
+                accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, **arguments,
+            ).fit(model, Pinned())  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(model.seen) == STEPS
 
 
 if __name__ == "__main__":

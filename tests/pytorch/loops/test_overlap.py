@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 from trainers import Numbers, Weight, quiet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.overlap import Reading, is_on, tensors_in
+from lightning.pytorch.loops.overlap import WORTHWHILE, Reading, is_large, is_on, tensors_in
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -58,6 +58,20 @@ def test_all_tensors_of_nested_batches_are_found() -> None:
     a, b, c, d = (torch.full((1,), float(index)) for index in range(4))
     batch = {"a": [a, (b, "text")], "p": Pair(c, Own(z=d)), "n": 3}
     assert [each.item() for each in tensors_in(batch)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda t: t, lambda t: [1, t], lambda t: (t, 1), lambda t: {"a": [{"b": t}]}, lambda t: Pair(1, t), lambda t: Own(a=1, b=t)]
+)
+def test_a_batch_is_large_where_one_of_its_tensors_is(make: Any) -> None:
+    assert is_large(make(torch.empty(WORTHWHILE, dtype=torch.uint8)))
+    assert is_large(make(torch.empty(WORTHWHILE // 4)))
+    assert not is_large(make(torch.empty(WORTHWHILE // 4 - 1)))
+
+
+@pytest.mark.parametrize("batch", [[], {}, "text", None, ["text"], SimpleNamespace()])
+def test_a_batch_without_a_tensor_is_not_large(batch: Any) -> None:
+    assert not is_large(batch)
 
 
 def test_a_transfer_that_only_copies_reads_nothing_of_the_device() -> None:

@@ -111,13 +111,13 @@ def transfer(trainer: Trainer, dataloader_idx: int = 0) -> Callable[[Any], Any]:
 
 
 def _overlapping(trainer: Trainer, transfer: Callable[..., Any], is_users: bool) -> Callable[..., Any]:
-    """``transfer`` on a stream of its own, where that was asked for and the device has streams."""
-    device = trainer.strategy.root_device
-    if not trainer._config.overlap_transfer or device.type != "cuda":
+    """``transfer`` on a stream of its own, unless that is not wanted or the device has none."""
+    device, asked = trainer.strategy.root_device, trainer._config.overlap_transfer
+    if asked is False or device.type != "cuda":
         return transfer
     from lightning.pytorch.loops.overlap import OverlappedTransfer
 
-    return OverlappedTransfer(transfer, device, is_users)
+    return OverlappedTransfer(transfer, device, is_users, bool(asked))
 
 
 def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:

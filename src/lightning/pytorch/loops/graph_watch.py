@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-OWN_CODE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
+OWN_CODE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), warnings.__file__)
 PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, Enum)
 DEEPEST, MOST_ITEMS = 3, 64  # how far containers and objects of the module are looked into
 

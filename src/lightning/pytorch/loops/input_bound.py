@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 LONG = 2e-4  # seconds that are worth a question to the device
+WATCHED = 16  # steps after such a wait whose end is noted, in case that the next wait is near
 QUICK = 1e-3  # seconds for a batch, below which processes that make batches hand them over no faster
 
 
@@ -23,7 +24,7 @@ class DeviceIdle:
     """For how much of a wait a CUDA device had nothing to do.
 
     At the end of a long wait the device is asked whether it is done. If so, an event that it reaches at once ties its clock to the
-    host's; from then on an event after each step says when it was done. Nobody waits for either.
+    host's; for some time an event after each step then says when it was done. Nobody waits for either.
 
     Args:
         stream: its queue.
@@ -36,6 +37,7 @@ class DeviceIdle:
         self._tied_at = 0.0
         self._step_end: Any = None  # recorded after the clocks were tied
         self._is_behind_tie = False
+        self._left = 0  # steps that are still watched
 
     def idle_between(self, began: float, ended: float) -> float:
         """The seconds without work in a wait that is over now."""
@@ -49,13 +51,15 @@ class DeviceIdle:
             self._tie, self._step_end = self._event(), self._event()
             self.is_timed = True
         self._tie.record(self.stream)
-        self._tied_at, self._is_behind_tie = time.perf_counter(), False
+        self._tied_at, self._is_behind_tie, self._left = time.perf_counter(), False, WATCHED
         return idle
 
     def end_step(self) -> None:
         """A step was launched."""
-        self._step_end.record(self.stream)
-        self._is_behind_tie = True
+        self._left -= 1
+        self.is_timed = self._is_behind_tie = self._left >= 0
+        if self.is_timed:
+            self._step_end.record(self.stream)
 
     def _event(self) -> Any:
         return torch.cuda.Event(enable_timing=True)

@@ -1,7 +1,8 @@
-"""``Trainer(overlap_transfer=True)``: a batch is copied to the device while the step before is still computed there."""
+"""``Trainer(overlap_transfer=...)``: a batch is copied to the device while the step before is still computed there."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -15,6 +16,8 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 FIRST = 3  # transfers of a user's own that are looked at
+WORTHWHILE = 2**20  # bytes of a tensor: 20 to 40 microseconds of copying, about as much as the host needs to arrange it
+AHEAD = 2  # steps by which the host may be ahead of the device; each has its batch in memory
 
 
 class OverlappedTransfer:
@@ -24,31 +27,44 @@ class OverlappedTransfer:
     stream of the steps the copy would wait for all of that; on its own it runs meanwhile, if the batch lies in pinned memory, and the
     next step waits for it. No batch is fetched any earlier than without: what is resumed, and who draws which random numbers, stay.
 
+    A host that is far ahead would fill the memory with batches, for on a stream of its own a copy never finds that of an unfinished step
+    free. So it waits until the device is at most :data:`AHEAD` steps behind, which leaves that enough to do.
+
     Args:
         transfer: moves a batch.
         device: to which.
         is_users: whether it is the user's own: one that reads tensors of the device, which steps may still write, runs on their stream.
+        always: whether batches that are hardly worth it go there too, and the user is told why where none can.
     """
 
-    def __init__(self, transfer: Callable[..., Any], device: torch.device, is_users: bool = False) -> None:
-        self.transfer, self.device = transfer, device
+    def __init__(self, transfer: Callable[..., Any], device: torch.device, is_users: bool = False, always: bool = True) -> None:
+        self.transfer, self.device, self.always = transfer, device, always
         self.stream = stream_for_copies(device)
         self.unknown = FIRST if is_users else 0
         self.apart = True
+        self.ends: deque[torch.cuda.Event] = deque()  # of the last steps
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.apart or is_on(batch, self.device):
+        if not self.apart or not (self.always or is_large(batch)) or is_on(batch, self.device):
             return self.transfer(batch, *args, **kwargs)
         if self.unknown:
             return self.look(batch, *args, **kwargs)
+        steps = torch.cuda.current_stream(self.device)
+        self.hold_back(steps)
         with torch.cuda.stream(self.stream):
             moved = self.transfer(batch, *args, **kwargs)
-        steps = torch.cuda.current_stream(self.device)
         steps.wait_stream(self.stream)
         for tensor in tensors_in(moved):
             if tensor.is_cuda:
                 tensor.record_stream(steps)  # its memory must not be given to a later batch while a step reads it
         return moved
+
+    def hold_back(self, steps: torch.cuda.Stream) -> None:
+        """Note where the step before ends, and wait for the end of one some steps earlier."""
+        event = torch.cuda.Event(blocking=True) if len(self.ends) < AHEAD else self.ends.popleft()
+        event.synchronize()  # at once, where it is new
+        event.record(steps)
+        self.ends.append(event)
 
     def look(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Move a batch on the stream of the steps, and see whether the user's transfer reads what is on the device already."""
@@ -57,11 +73,12 @@ class OverlappedTransfer:
             moved = self.transfer(batch, *args, **kwargs)
         if reading.found is not None:
             self.apart = False
-            rank_zero_warn(
-                "Trainer(overlap_transfer=True): `transfer_batch_to_device` reads tensors that are on the device already "
-                f"({reading.found}), which steps may still write. So batches are not copied on a stream of their own. Compute in "
-                "`on_after_batch_transfer`."
-            )
+            if self.always:
+                rank_zero_warn(
+                    "Trainer(overlap_transfer=True): `transfer_batch_to_device` reads tensors that are on the device already "
+                    f"({reading.found}), which steps may still write. So batches are not copied on a stream of their own. Compute in "
+                    "`on_after_batch_transfer`."
+                )
         return moved
 
 
@@ -103,6 +120,20 @@ def is_on(batch: Any, device: torch.device) -> bool:
     while isinstance(batch, (list, tuple, Mapping)) and batch:
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return isinstance(batch, Tensor) and batch.device == device
+
+
+def is_large(batch: Any) -> bool:
+    """Whether a tensor of a batch, of the usual structures, is worth a copy on a stream of its own."""
+    if isinstance(batch, Tensor):
+        return batch.nbytes >= WORTHWHILE
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return False
+    for each in batch:
+        if (each.nbytes >= WORTHWHILE) if isinstance(each, Tensor) else is_large(each):
+            return True
+    return False
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ SWITCHES = {
     "enable_checkpointing": True, "enable_progress_bar": True, "enable_model_summary": True, "benchmark": True,
     "inference_mode": False, "use_distributed_sampler": False, "detect_anomaly": False, "barebones": False,
     "sync_batchnorm": False, "enable_autolog_hparams": False, "async_checkpointing": False,
-    "overlap_transfer": False, "auto_resume": False,
+    "overlap_transfer": True, "auto_resume": False,
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class TrainerConfig:
     default_root_dir: str
     use_distributed_sampler: bool
     async_checkpointing: bool
-    overlap_transfer: bool
+    overlap_transfer: bool | None
     auto_resume: bool
     on_save_error: str
     uneven_inputs: str

@@ -105,9 +105,10 @@ class Trainer(TrainerAttributes):
         compile: ``"default"``: compile the steps of the module by ``torch.compile``, inside of what the strategy wraps it in; state dicts
             keep their keys, and ``self.log`` gives what it gives in eager mode. ``"step"``: on CUDA, replay the whole training step as one
             CUDA graph. A dict: keywords of ``torch.compile``, and ``step=True`` for both. See docs/compile.md.
-        overlap_transfer: on CUDA, copy each batch to the device on a stream of its own, while the step before is still computed. For
-            loaders with ``pin_memory=True``. A ``transfer_batch_to_device`` of your own must not read what is on the device already; one
-            that does is noticed.
+        overlap_transfer: on CUDA, copy each batch to the device on a stream of its own, while the step before is still computed. None:
+            batches with a tensor of 1 MiB or more, for which that is worth its while. It shows with ``pin_memory=True`` in the loader. One or two more
+            batches take up memory. A ``transfer_batch_to_device`` of your own that reads what is on the device already is noticed, and
+            runs as without it.
         gc_interval: collect Python's garbage every so many training batches, between two of them, and never in the middle of one: for
             steady steps, and for many processes that would otherwise wait for one another's collections. None: when Python does it.
 
@@ -175,7 +176,7 @@ class Trainer(TrainerAttributes):
         on_nonfinite: Literal["error", "warn", "skip"] | None = None,
         on_out_of_memory: Literal["raise", "split_batch"] = "raise",
         compile: Union[bool, str, dict[str, Any]] | None = None,
-        overlap_transfer: bool = False,
+        overlap_transfer: bool | None = None,
         gc_interval: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}

@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo crash-demo test test-slow test-faults test-deepspeed test-xla test-s3 lint types check format bench clean
+.PHONY: help venv demo crash-demo test test-slow test-faults test-deepspeed test-xla test-s3 lint types check format bench bench-more clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,9 +84,12 @@ format: $(VENV)/.installed-dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev ## measure what steps, epochs, start-up and the import cost, in time and in memory
-	$(BIN)/python benchmarks/step_overhead.py
-	$(BIN)/python benchmarks/import_cost.py
+# LIGHTNING: an interpreter of an environment outside of this folder that has Lightning, to be measured beside.
+bench: $(VENV)/.installed-dev ## one table: steps by hand, of the Trainer, and by LIGHTNING=PYTHON of Lightning
+	$(BIN)/python benchmarks/step_overhead.py $(addprefix --lightning ,$(LIGHTNING))
+
+bench-more: $(VENV)/.installed-dev ## measure imports, start-up, epochs, memory, and what grows with the length of a run
+	$(BIN)/python benchmarks/import_cost.py $(addprefix --lightning ,$(LIGHTNING))
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/epoch_turn.py
 	$(BIN)/python benchmarks/memory.py

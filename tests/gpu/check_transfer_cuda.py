@@ -103,7 +103,7 @@ def check_copies_run_beside_steps() -> None:
     fitted(Model(8), Pinned(), overlap_transfer=False)  # the first one chooses kernels
     rounds = max(1, round(8 * copies / (fitted(Model(8), Pinned(), overlap_transfer=False) - copies)))  # work takes as long as copies
     apart, alone = fitted(Model(rounds), Pinned()), fitted(Model(rounds), Pinned(), overlap_transfer=False)
-    print(f"    {rounds} rounds: an epoch takes {apart * 1e3:.0f} ms with copies beside steps, {alone * 1e3:.0f} ms with copies between them")
+    print(f"    {rounds} rounds: {apart * 1e3:.0f} ms for an epoch with copies beside steps, {alone * 1e3:.0f} ms with copies between them")
     assert apart < 0.85 * alone
 
 

@@ -130,10 +130,7 @@ def is_large(batch: Any) -> bool:
         batch = batch.values()
     elif not isinstance(batch, (list, tuple)):
         return False
-    for each in batch:
-        if (each.nbytes >= WORTHWHILE) if isinstance(each, Tensor) else is_large(each):
-            return True
-    return False
+    return any(each.nbytes >= WORTHWHILE if isinstance(each, Tensor) else is_large(each) for each in batch)
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:

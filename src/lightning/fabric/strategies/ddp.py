@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.fabric.checkpoint.io import CheckpointIO
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from lightning.fabric.precision import Precision
+    from lightning.fabric.strategies.ddp_between import BetweenPasses
 
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
 MOST_OWN_GRADIENTS = 2**28  # bytes, of all processes, that a checkpoint inside of an accumulation window may hold
@@ -104,6 +105,8 @@ class DDPStrategy(ParallelStrategy):
         self._prepares_backward = False
         self._bucket_order: list[str] = []  # where it is known: from the run that this one goes on from, or found out
         self._begins_within_window = False
+        self._talks_between = False
+        self.between: BetweenPasses | None = None  # where no pass of a step may talk
 
     # ---- setting up -------------------------------------------------------------------------------------------------
 
@@ -118,10 +121,36 @@ class DDPStrategy(ParallelStrategy):
         self.module_to_device(module)
         if self.layer_sync is not None:
             module = self.layer_sync.apply(module)
-        if training and any(parameter.requires_grad for parameter in module.parameters()):
+        trains = training and any(parameter.requires_grad for parameter in module.parameters())
+        if trains and not self._talks_between:
             return self.wrap(module)
         collectives.broadcast_tensors([*module.parameters(), *module.buffers()])
+        if trains:
+            from lightning.fabric.strategies.ddp_between import BetweenPasses
+
+            self.between = BetweenPasses(module, getattr(module, IGNORED_BY_DDP, ()), self._broadcasts_buffers, self._begins_within_window)
+            self._begins_within_window = False
         return module
+
+    def talk_between_passes(self, wanted: bool) -> None:
+        """Let modules that are set up from now on talk where :attr:`between` is called, and never within a pass.
+
+        Args:
+            wanted: False for DistributedDataParallel again.
+
+        Raises:
+            ValueError: if an argument asks for what only DistributedDataParallel does.
+        """
+        asked = {
+            "ddp_comm_hook": self._comm_hook is not None,
+            "model_averaging_period": self._averaging_period is not None,
+            "SyncBatchNorm": self.layer_sync is not None,
+            **{name: bool(self._ddp_kwargs.get(name)) for name in ("find_unused_parameters", "static_graph", "mixed_precision")},
+        }
+        found = [name for name, is_so in asked.items() if is_so]
+        if wanted and found:
+            raise ValueError(f"{found[0]} communicates, or has to know, within a pass of a step")
+        self._talks_between = wanted
 
     def wrap(self, module: Module) -> DistributedDataParallel:
         """DistributedDataParallel around a module that is on its device."""
@@ -228,14 +257,18 @@ class DDPStrategy(ParallelStrategy):
 
     def own_buffers(self) -> dict[str, Tensor]:
         """Those that DDP does not broadcast; inside of an accumulation window, all: it does so after the window."""
-        broadcast = not self._within_window() and all(
-            self._ddp_kwargs.get(name) is not False for name in ("broadcast_buffers", "forward_sync_buffers")
-        )
+        broadcast = self._broadcasts_buffers and not self._within_window()
         ignored = getattr(self.module, IGNORED_BY_DDP, ())
         return {name: buffer for name, buffer in super().own_buffers().items() if not broadcast or name in ignored}
 
+    @property
+    def _broadcasts_buffers(self) -> bool:
+        return all(self._ddp_kwargs.get(name) is not False for name in ("broadcast_buffers", "forward_sync_buffers"))
+
     def _within_window(self) -> bool:
         """Whether DDP leaves the buffers of the processes apart in the next forward pass, as it does in an accumulation window."""
+        if self.between is not None:
+            return self.between.within_window
         return isinstance(self.model, DistributedDataParallel) and not self.model.require_forward_param_sync
 
     def engine_state(self) -> dict[str, Any]:
@@ -264,7 +297,7 @@ class DDPStrategy(ParallelStrategy):
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        self.model = self.module
+        self.model, self.between = self.module, None
         self._averages.clear()
         if self.module is not None and self.layer_sync is not None:
             self.layer_sync.revert(self.module)

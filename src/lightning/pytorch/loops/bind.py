@@ -316,10 +316,10 @@ def guards(trainer: Trainer, loop: FitLoop) -> list[Any]:
         from lightning.pytorch.loops.garbage import GarbageSchedule
 
         found.append(GarbageSchedule(config.gc_interval))
-    if (config.compile or {}).get("step"):
-        from lightning.pytorch.loops.compiling import step_graphs
+    if loop.recorder is not None:
+        from lightning.pytorch.loops.graphs import StepGraphs
 
-        found.extend(step_graphs(trainer, loop))
+        found.append(StepGraphs(trainer, loop, loop.recorder))
     return found
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.dispatch import no_op
+from lightning.pytorch.loops import graph_recording
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loops.fit import FitLoop
-    from lightning.pytorch.loops.graphs import StepGraphs
     from lightning.pytorch.trainer.trainer import Trainer
 
 # What a step may call that has its effect outside of the tensors: such calls are left out of what is compiled.
@@ -77,6 +78,30 @@ def keep_eager(owner: Any, names: tuple[str, ...], done: list[tuple[Any, str]]) 
 
 
 @contextmanager
+def graphs_of_steps(trainer: Trainer) -> Iterator[None]:
+    """A context for a fit whose steps are recorded: on a stream where that can be, with processes that talk between passes.
+
+    Raises:
+        MisconfigurationException: if the run has something that steps which are replayed can't have.
+    """
+    check_graphs(trainer)
+    strategy = trainer.strategy
+    device, talks = strategy.root_device, getattr(strategy, "talk_between_passes", no_op)
+    recorder = trainer.fit_loop.recorder = graph_recording.recorder_of(device)
+    if recorder is None:
+        rank_zero_warn(f"Trainer(compile='step') needs a CUDA device: on {device} training steps run as without it, with the same result.")
+        yield
+        return
+    with side_stream(device):
+        talks(True)
+        try:
+            yield
+        finally:
+            talks(False)
+            trainer.fit_loop.recorder = None
+
+
+@contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
     """A context in which a CUDA device works on another stream than its default one, on which nothing can be recorded."""
     if device.type != "cuda":
@@ -91,22 +116,30 @@ def side_stream(device: torch.device) -> Iterator[None]:
         before.wait_stream(stream)
 
 
-def step_graphs(trainer: Trainer, loop: FitLoop) -> list[StepGraphs]:
-    """What replays the training steps of a run; nothing where its device records no work.
+def check_graphs(trainer: Trainer) -> None:
+    """Refuse what steps that are replayed can't have.
 
     Raises:
-        MisconfigurationException: if the run has something that steps which are replayed can't have.
+        MisconfigurationException: if the run has it.
     """
+    from lightning.fabric.strategies.ddp import DDPStrategy
     from lightning.fabric.strategies.single_device import SingleDeviceStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.fabric.utilities.rank_zero import rank_zero_warn
-    from lightning.pytorch.loops import graph_recording
-    from lightning.pytorch.loops.graphs import StepGraphs
 
     config, strategy = trainer._config, trainer.strategy
+    name, fits = type(strategy).__name__, ""
+    if isinstance(strategy, DDPStrategy):
+        try:
+            strategy.talk_between_passes(True)
+        except ValueError as error:
+            fits = str(error)
+        finally:
+            strategy.talk_between_passes(False)
     against = {
         "manual optimization: its steps are the module's own": not trainer.lightning_module.automatic_optimization,
-        f"the strategy {type(strategy).__name__}: it replays the steps of one process": type(strategy) is not SingleDeviceStrategy,
+        f"the strategy {name}: it replays steps of SingleDeviceStrategy and DDPStrategy": type(strategy)
+        not in (SingleDeviceStrategy, DDPStrategy),
+        f"the strategy {name} as it is: {fits}": bool(fits),
         f"on_nonfinite={config.on_nonfinite!r}: nobody looks at single steps": config.on_nonfinite is not None,
         f"on_out_of_memory={config.on_out_of_memory!r}: their memory is reserved": config.on_out_of_memory != "raise",
         "detect_anomaly=True": config.detect_anomaly,
@@ -114,11 +147,3 @@ def step_graphs(trainer: Trainer, loop: FitLoop) -> list[StepGraphs]:
     for what, is_so in against.items():
         if is_so:
             raise MisconfigurationException(f"Trainer(compile='step') does not go with {what}. Leave out one of the two.")
-    recorder = graph_recording.recorder_of(strategy.root_device)
-    if recorder is None:
-        rank_zero_warn(
-            f"Trainer(compile='step') needs a CUDA device: on {strategy.root_device} training steps run as without it, with the same "
-            "result."
-        )
-        return []
-    return [StepGraphs(trainer, loop, recorder)]

@@ -81,6 +81,7 @@ class FitLoop:
         self.told_of_minimum = False
         self.several = self.stop_is_agreed = False  # processes; on `trainer.should_stop`
         self.told_of_none = False
+        self.recorder: Any = None  # of steps that are replayed
 
     def __getstate__(self) -> dict[str, Any]:
         return bind.without_bound(self, FitLoop(self.trainer))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OWN_CODE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), warnings.__file__)
 PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, Enum)
@@ -173,6 +174,23 @@ class Watch:
     def state_elsewhere(self) -> dict[str, Any]:
         """What a step may depend on and :meth:`changed` does not ask: the modules within, and containers that the step has read."""
         return host_state(self.module, self.device, self.containers)
+
+
+class NoticedCollectives(TorchDispatchMode):
+    """Notes what talks to other processes inside of it: one of them may replay a step while another runs it, or records it.
+
+    Args:
+        watch: takes the note.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.watch.note(f"it communicates with other processes in the middle of a step{here()}")
+        return func(*args, **(kwargs or {}))
 
 
 def place_of(tensor: Tensor) -> int:

@@ -26,9 +26,10 @@ from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.dispatch import no_op, override_of
 from lightning.pytorch.loops.graph_optimizer import OptimizerInGraph
 from lightning.pytorch.loops.graph_recording import Logged, LogRecorder, Recorder
-from lightning.pytorch.loops.graph_watch import PLAIN, NotReplayable, Watch, place
+from lightning.pytorch.loops.graph_watch import PLAIN, NoticedCollectives, NotReplayable, Watch, place
 
 if TYPE_CHECKING:
+    from lightning.fabric.strategies.ddp_between import BetweenPasses
     from lightning.pytorch.loops.fit import FitLoop
     from lightning.pytorch.trainer.trainer import Trainer
 
@@ -92,6 +93,9 @@ class StepGraphs:
         self.optimizer: OptimizerInGraph | None = None
         self.logs = LogRecorder(trainer._metrics, self.device)
         self.off = self.told_of_many = False
+        self.several = trainer.world_size > 1
+        self.between: BetweenPasses | None = None  # how several processes talk
+        self.instead: Callable[[Work], Work] = as_it_is
         self.update_scale: Work = no_op
         self.forget_scale: Work = no_op
         self.changes = 0
@@ -125,6 +129,9 @@ class StepGraphs:
         precision = self.trainer.strategy.precision
         if isinstance(precision, MixedPrecision) and precision.policy.scaler:
             self.update_scale, self.forget_scale = precision.update_scale, precision.forget_step
+        self.between = getattr(self.trainer.strategy, "between", None)
+        if self.between is not None:
+            self.plain_backward, loop.backward = loop.backward, self.backward
         self.hooks_act = any(
             override_of(owner, name, base) is not None
             for owner, base in [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
@@ -169,9 +176,17 @@ class StepGraphs:
         """The update, with everything that the closure does."""
         return self.run(partial(self.plain_update, self.plain_closure))
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward, after which the processes take the mean of their gradients: replayed steps and others, so that all do the same."""
+        self.plain_backward(loss, *args, **kwargs)
+        if self.loop.progress.updates:
+            self.instead(self.between.average)()  # type: ignore[union-attr]
+
     def run(self, work: Work) -> Any:
         """Do ``work``, which is a step, or replay it."""
         loop = self.loop
+        if self.between is not None and loop.progress.batch_idx % loop.accumulate == 0:
+            self.between.begin_window()
         if self.off:
             return work()
         if loop.progress.epoch != self.epoch or loop.validated_at != self.validated_at:
@@ -180,6 +195,8 @@ class StepGraphs:
             self.forget()
         leaves: list[Tensor] = []
         try:
+            if self.several and loop.loader.lockstep is not None:  # type: ignore[union-attr]
+                raise NotReplayable("the processes have different numbers of batches")
             key = self.kind(), signature(loop.batch, leaves)
         except NotReplayable as error:
             self.give_up(str(error))
@@ -272,6 +289,8 @@ class StepGraphs:
             with self.hooks_as(self.unwatched), self.logs.noting(self.watch, key), ExitStack() as contexts:
                 if last:  # the first one may read from the device to choose kernels
                     contexts.enter_context(self.recorder.noticing(self.watch))
+                if last and self.several:
+                    contexts.enter_context(NoticedCollectives(self.watch))
                 result = work()
         finally:
             self.watching = False
@@ -289,14 +308,16 @@ class StepGraphs:
 
     @contextmanager
     def hooks_as(self, instead: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-        """Inside of it, ``instead`` of each hook that somebody overrides, and that runs in the middle of a step, is called."""
+        """Inside of it, ``instead`` of each hook that somebody overrides, and of all else that runs in the middle of a step, is called."""
         hooks = self.loop.hooks
         heard = {name: getattr(hooks, name) for name in WITHIN if getattr(hooks, name) is not no_op}
         for name, hook in heard.items():
             setattr(hooks, name, instead(hook))
+        self.instead = instead
         try:
             yield
         finally:
+            self.instead = as_it_is
             for name, hook in heard.items():
                 setattr(hooks, name, hook)
 
@@ -348,7 +369,7 @@ class StepGraphs:
         self.update_scale()  # by the step before; that of this one is part of the recording, which finds its overflows nowhere else
         try:
             loop.batch = graph.batch
-            if any(getattr(loop.hooks, name) is not no_op for name in WITHIN):
+            if self.between is not None or any(getattr(loop.hooks, name) is not no_op for name in WITHIN):
                 with self.recording(Graph(None, []), key, rehearses=True):
                     work()
                     self.update_scale()
@@ -451,6 +472,11 @@ class StepGraphs:
         heard = loop.hooks.on_train_batch_end is not no_op
         loop.outputs = apply_to_collection(graph.outputs, Tensor, Tensor.clone) if heard else graph.outputs
         loop.gathered = loop.progress.batch_idx % loop.accumulate + 1
+
+
+def as_it_is(function: Work) -> Work:
+    """The function."""
+    return function
 
 
 def signature(value: Any, leaves: list[Tensor]) -> Any:

@@ -74,9 +74,9 @@ def running(
 
                 contexts.enter_context(compiled_steps(trainer, options))
             if fits_with_graphs(trainer):
-                from lightning.pytorch.loops.compiling import side_stream
+                from lightning.pytorch.loops.compiling import graphs_of_steps
 
-                contexts.enter_context(side_stream(trainer.strategy.root_device))
+                contexts.enter_context(graphs_of_steps(trainer))
             set_up(trainer, path, weights_only)
             if trainer._config.detect_anomaly:
                 contexts.enter_context(torch.autograd.set_detect_anomaly(True))

@@ -25,10 +25,11 @@ check() { # name of a script, then its arguments
 
 check check_precision_cuda.py "$@"
 case " $* " in
-*" cpu "*) summary+="check_utilities_cuda.py    skipped: needs CUDA"$'\n' ;;
+*" cpu "*) summary+="utilities, transfer, replayed_ddp skipped: they need CUDA"$'\n' ;;
 *)
     check check_utilities_cuda.py
     check check_transfer_cuda.py
+    check check_replayed_ddp_cuda.py
     ;;
 esac
 check check_trainer_cuda.py "$@"

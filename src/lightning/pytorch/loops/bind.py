@@ -281,9 +281,13 @@ def clip(trainer: Trainer) -> Callable[[Any], Any]:
         configure = profiled(trainer, configure, f"[LightningModule]{type(module).__name__}.configure_gradient_clipping")
         # By position: scoped() passes no keywords; the parameters' order is part of the hook's signature.
         return lambda optimizer: configure(optimizer, value, algorithm)
-    if not value:
+    strategy, precision = trainer.strategy, trainer.strategy.precision
+    if not value or value < 0:
         return no_op
-    strategy = trainer.strategy
+    plain = type(strategy).clip_gradients is Strategy.clip_gradients and type(precision).clip_gradients is Precision.clip_gradients
+    if plain and algorithm in (None, "norm"):  # gradients have their true size already
+        by_norm = precision.clip_grad_by_norm
+        return lambda optimizer: by_norm(optimizer, value)
     return lambda optimizer: strategy.clip_gradients(optimizer, value, algorithm or "norm")
 
 

@@ -58,6 +58,22 @@ def out_of_the_box() -> dict[str, Any]:
     return {"logger": logger, "callbacks": [import_module(of + ".callbacks").TQDMProgressBar()], "default_root_dir": folder}
 
 
+def slow_logger() -> dict[str, Any]:
+    """A logger that needs 200 ms for each row."""
+    base: Any = import_module(trainer_module().__name__ + ".loggers").Logger
+
+    class Slow(base):  # type: ignore[misc]
+        name, version = "slow", 0
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(0.2)
+
+    return {**bare(), "logger": Slow()}
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to use a trainer.
@@ -77,9 +93,11 @@ VARIANTS = {
     "bare": Variant(None, bare),
     "1 log": Variant({}, bare),
     "out of the box": Variant({"prog_bar": True}, out_of_the_box),
+    "200 ms logger": Variant({}, slow_logger),
     'compile="step"': Variant(None, bare, "step"),
     'compile="step", 1 log': Variant({}, bare, "step"),
     'compile="step", out of the box': Variant({"prog_bar": True}, out_of_the_box, "step"),
+    'compile="step", 200 ms logger': Variant({}, slow_logger, "step"),
     'compile="default"': Variant(None, bare, "default"),
 }
 

@@ -117,7 +117,8 @@ def _overlapping(trainer: Trainer, transfer: Callable[..., Any], is_users: bool)
         return transfer
     from lightning.pytorch.loops.overlap import OverlappedTransfer
 
-    return OverlappedTransfer(transfer, device, is_users, bool(asked))
+    # Steps that are replayed leave the host time to spare.
+    return OverlappedTransfer(transfer, device, is_users, bool(asked) or trainer.fit_loop.recorder is not None, bool(asked))
 
 
 def _data_hook(trainer: Trainer, name: str) -> Callable[..., Any] | None:

@@ -34,11 +34,14 @@ class OverlappedTransfer:
         transfer: moves a batch.
         device: to which.
         is_users: whether it is the user's own: one that reads tensors of the device, which steps may still write, runs on their stream.
-        always: whether batches that are hardly worth it go there too, and the user is told why where none can.
+        always: whether batches that are hardly worth it go there too.
+        asked: whether the user is told why where none can.
     """
 
-    def __init__(self, transfer: Callable[..., Any], device: torch.device, is_users: bool = False, always: bool = True) -> None:
-        self.transfer, self.device, self.always = transfer, device, always
+    def __init__(
+        self, transfer: Callable[..., Any], device: torch.device, is_users: bool = False, always: bool = True, asked: bool = True
+    ) -> None:
+        self.transfer, self.device, self.always, self.asked = transfer, device, always, asked
         self.stream = stream_for_copies(device)
         self.unknown = FIRST if is_users else 0
         self.apart = True
@@ -73,7 +76,7 @@ class OverlappedTransfer:
             moved = self.transfer(batch, *args, **kwargs)
         if reading.found is not None:
             self.apart = False
-            if self.always:
+            if self.asked:
                 rank_zero_warn(
                     "Trainer(overlap_transfer=True): `transfer_batch_to_device` reads tensors that are on the device already "
                     f"({reading.found}), which steps may still write. So batches are not copied on a stream of their own. Compute in "

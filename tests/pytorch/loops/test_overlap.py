@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 from trainers import Numbers, Weight, quiet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.overlap import WORTHWHILE, Reading, is_large, is_on, tensors_in
+from lightning.pytorch.loops.overlap import AHEAD, WORTHWHILE, OverlappedTransfer, Reading, is_large, is_on, is_recorded
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -54,10 +56,86 @@ def test_a_batch_without_a_tensor_is_nowhere(batch: Any) -> None:
     assert not is_on(batch, CPU)
 
 
-def test_all_tensors_of_nested_batches_are_found() -> None:
-    a, b, c, d = (torch.full((1,), float(index)) for index in range(4))
-    batch = {"a": [a, (b, "text")], "p": Pair(c, Own(z=d)), "n": 3}
-    assert [each.item() for each in tensors_in(batch)] == [0, 1, 2, 3]
+class Graph:
+    """A batch that moves itself, as those of graph libraries do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: Any) -> Graph:
+        return Graph(self.x.to(device))
+
+
+@dataclass
+class Fields:
+    x: Any
+    name: str = "a"
+
+
+class Recorded(Tensor):
+    """A tensor that says that it lies on a GPU, and counts who tells the allocator of it."""
+
+    times = 0
+    is_cuda = True
+
+    def record_stream(self, stream: Any) -> None:
+        Recorded.times += 1
+
+
+def on_gpu() -> Tensor:
+    return torch.ones(1).as_subclass(Recorded)
+
+
+@pytest.mark.parametrize(
+    ("batch", "known", "times"),
+    [
+        (lambda: on_gpu(), True, 1),
+        (lambda: {"a": [on_gpu(), (on_gpu(), "text")], "p": Pair(on_gpu(), Own(z=on_gpu())), "n": 3, "none": None}, True, 4),
+        (lambda: Fields([on_gpu(), Fields(on_gpu())]), True, 2),
+        (lambda: (on_gpu(), torch.ones(1)), True, 1),  # the second one stayed on the host
+        (lambda: [Graph(torch.ones(1)), on_gpu()], False, 1),
+        (lambda: (torch.ones(2).to_sparse(), on_gpu()), False, 1),
+        (lambda: Graph(torch.ones(1)), False, 0),
+    ],
+)
+def test_the_allocator_is_told_of_all_tensors_that_can_be_found(batch: Any, known: bool, times: int) -> None:
+    Recorded.times = 0
+    stream: Any = None
+    assert is_recorded(batch(), stream) is known
+    assert Recorded.times == times
+
+
+def test_what_the_allocator_is_not_told_of_is_kept_until_its_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []  # the steps whose end was waited for
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            self.step: int | None = None
+
+        def synchronize(self) -> None:
+            if self.step is not None:
+                assert [reference() is None for reference in references[: self.step]] == [True] * self.step
+                assert references[self.step]() is not None  # not let go of before
+                done.append(self.step)
+
+        def record(self, stream: Any) -> None:
+            self.step = len(references) - 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr("lightning.pytorch.loops.overlap.stream_for_copies", lambda device: None)
+    transfer = OverlappedTransfer(lambda batch: batch, CPU)
+    references: list[Any] = []
+    stream: Any = None
+    for _ in range(6):
+        if references:
+            transfer.hold_back(stream)
+        batch = Graph(torch.ones(1))
+        references.append(weakref.ref(batch))
+        transfer.kept = batch
+        del batch
+    assert done == [0, 1, 2]
+    assert [reference() is None for reference in references] == [True] * 3 + [False] * 3
+    assert AHEAD == 2
 
 
 @pytest.mark.parametrize(

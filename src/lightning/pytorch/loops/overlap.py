@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.loops.graph_watch import PLAIN
 
 FIRST = 3  # transfers of a user's own that are looked at
 WORTHWHILE = 2**20  # bytes of a tensor: 20 to 40 microseconds of copying, about as much as the host needs to arrange it
@@ -45,7 +46,8 @@ class OverlappedTransfer:
         self.stream = stream_for_copies(device)
         self.unknown = FIRST if is_users else 0
         self.apart = True
-        self.ends: deque[torch.cuda.Event] = deque()  # of the last steps
+        self.ends: deque[tuple[torch.cuda.Event, Any]] = deque()  # of the last steps, with batches that have to be kept until then
+        self.kept: Any = None  # such a batch, of the step that runs next
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.apart or not (self.always or is_large(batch)) or is_on(batch, self.device):
@@ -57,17 +59,19 @@ class OverlappedTransfer:
         with torch.cuda.stream(self.stream):
             moved = self.transfer(batch, *args, **kwargs)
         steps.wait_stream(self.stream)
-        for tensor in tensors_in(moved):
-            if tensor.is_cuda:
-                tensor.record_stream(steps)  # its memory must not be given to a later batch while a step reads it
+        if not is_recorded(moved, steps):
+            self.kept = moved
         return moved
 
     def hold_back(self, steps: torch.cuda.Stream) -> None:
         """Note where the step before ends, and wait for the end of one some steps earlier."""
-        event = torch.cuda.Event(blocking=True) if len(self.ends) < AHEAD else self.ends.popleft()
+        event = torch.cuda.Event(blocking=True) if len(self.ends) < AHEAD else self.ends[0][0]
         event.synchronize()  # at once, where it is new
+        if len(self.ends) == AHEAD:
+            self.ends.popleft()  # not before, with what it keeps
         event.record(steps)
-        self.ends.append(event)
+        self.ends.append((event, self.kept))
+        self.kept = None
 
     def look(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Move a batch on the stream of the steps, and see whether the user's transfer reads what is on the device already."""
@@ -139,17 +143,24 @@ def is_large(batch: Any) -> bool:
     return False
 
 
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch."""
+def is_recorded(batch: Any, stream: torch.cuda.Stream) -> bool:
+    """Tell the allocator that a stream reads a batch: its memory is not given to a later one before that is done.
+
+    Returns:
+        whether all tensors in it could be found; else somebody has to hold the batch until then.
+    """
     if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (list, tuple)):
-        for each in batch:
-            yield from tensors_in(each)
+        known = batch.layout is torch.strided and not batch.is_nested
+        if known and batch.is_cuda:
+            batch.record_stream(stream)
+        return known
+    if isinstance(batch, (list, tuple)):
+        parts = list(batch)
     elif isinstance(batch, Mapping):
-        for each in batch.values():
-            yield from tensors_in(each)
+        parts = list(batch.values())
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        parts = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     else:
-        found: list[Tensor] = []
-        apply_to_collection(batch, Tensor, found.append)
-        yield from found
+        return isinstance(batch, PLAIN)
+    found = [is_recorded(each, stream) for each in parts]  # each of them, whatever the first ones are
+    return all(found)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
 MOST_OWN_GRADIENTS = 2**28  # bytes, of all processes, that a checkpoint inside of an accumulation window may hold
+ONLY_DDP = ("find_unused_parameters", "static_graph", "mixed_precision", "device_mesh", "delay_all_reduce_named_params")
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # DDP reads this attribute of a module
 
 
@@ -145,7 +146,8 @@ class DDPStrategy(ParallelStrategy):
             "ddp_comm_hook": self._comm_hook is not None,
             "model_averaging_period": self._averaging_period is not None,
             "SyncBatchNorm": self.layer_sync is not None,
-            **{name: bool(self._ddp_kwargs.get(name)) for name in ("find_unused_parameters", "static_graph", "mixed_precision")},
+            "init_sync=False": self._ddp_kwargs.get("init_sync") is False,
+            **{name: bool(self._ddp_kwargs.get(name)) for name in ONLY_DDP},
         }
         found = [name for name, is_so in asked.items() if is_so]
         if wanted and found:

@@ -51,7 +51,12 @@ class BetweenPasses:
             )
         by_kind: dict[torch.dtype, list[Tensor]] = {}
         for parameter in self.trained.values():
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce() / torch.distributed.get_world_size()
+                torch.distributed.all_reduce(parameter.grad)
+            else:
                 by_kind.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in by_kind.values():
             torch._foreach_div_(gradients, torch.distributed.get_world_size())

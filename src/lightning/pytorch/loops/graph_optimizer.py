@@ -39,6 +39,8 @@ class OptimizerInGraph:
         self.states = 0  # how many parameters it holds something for
         self.given: list[dict[str, Any]] | None = None  # the flags of each group, as the user gave them
         self.handle: Any = None
+        self.scales: Any = None  # whether the optimizer takes a scale itself, as the user made it
+        self.first_rates: list[Any] = []
 
     def prepare(self) -> str:
         """Set the flags, and move step counts to the device; returns what to tell the user.
@@ -52,11 +54,14 @@ class OptimizerInGraph:
         if self.given is None:
             self.given = [{name: group[name] for name in ("fused", "capturable") if name in group} for group in optimizer.param_groups]
             self.handle = optimizer.register_state_dict_post_hook(self.as_given)
+            self.scales = vars(optimizer).get("_step_supports_amp_scaling")
+            if not self.first_rates:
+                self.first_rates = [group["lr"] for group in optimizer.param_groups]
         set_to: set[str] = set()
         for group in optimizer.param_groups:
             plain = all(p.device == self.device and p.is_floating_point() for p in group["params"])
             free = not group.get("foreach") and not group.get("differentiable")
-            if "fused" in group and group["fused"] is None and free and plain:
+            if "fused" in group and group["fused"] is None and free and plain and self.can_fuse(group):
                 group["fused"] = True
                 optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
                 set_to.add("fused")
@@ -69,18 +74,63 @@ class OptimizerInGraph:
                 state["step"] = state["step"].to(self.device, torch.float32)
         return f"{type(optimizer).__name__} steps with {' and '.join(f'{name}=True' for name in sorted(set_to))}" if set_to else ""
 
+    def can_fuse(self, group: dict[str, Any]) -> bool:
+        """Whether ``fused=True`` does what the optimizer does without it. SGD makes its momentum of memory as it is, and leaves it so where
+        the first gradients of 16-mixed overflow; zeros give the same first step, but for dampening."""
+        if not isinstance(self.optimizer, torch.optim.SGD) or not group["momentum"]:
+            return True
+        if group["dampening"]:
+            return False
+        for parameter in group["params"]:
+            state = self.optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        return True
+
     def as_given(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """A state dict of the optimizer with the flags that the user gave it."""
         groups = [{**group, **given} for group, given in zip(state["param_groups"], self.given or [])]
         return {**state, "param_groups": groups + state["param_groups"][len(groups) :]}
 
     def restore(self) -> None:
-        """Give the groups back their flags."""
+        """Give the groups back their flags, and the host the step counts that belong there without them."""
         for group, given in zip(self.optimizer.param_groups, self.given or []):
             group.update(given)
+            if not given.get("fused") and not given.get("capturable"):
+                for parameter in group["params"]:
+                    state = self.optimizer.state.get(parameter, {})
+                    if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                        state["step"] = state["step"].cpu()
         if self.handle is not None:
             self.handle.remove()
+            if self.scales is None:
+                vars(self.optimizer).pop("_step_supports_amp_scaling", None)
+            else:
+                self.optimizer._step_supports_amp_scaling = self.scales  # type: ignore[attr-defined]
         self.given = self.handle = None
+
+    @property
+    def has_other_groups(self) -> bool:
+        """Whether groups were added since the flags were set."""
+        return self.given is not None and len(self.given) != len(self.optimizer.param_groups)
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside of it learning rates that change are those that a replay reads, in single precision: so that the processes that run a
+        step end with the same weights as those that replay it."""
+        groups = self.optimizer.param_groups
+        own = [group["lr"] for group in groups]
+        self.on_device = self.on_device or any(
+            not isinstance(lr, Tensor) and lr != first for lr, first in zip(own, self.first_rates or own)
+        )
+        for group in groups if self.on_device else ():
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float32).item()
+        try:
+            yield
+        finally:
+            for group, lr in zip(groups, own):
+                group["lr"] = lr
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -82,6 +82,7 @@ class Watch:
         self.module, self.device, self.attributes = module, device, attributes
         self.constants: dict[str, Any] = {}  # attributes of the module that the step has read, and their values
         self.containers: set[str] = set()  # such attributes that hold more than one value
+        self.within: list[tuple[dict[str, Any], str, Any]] = []  # plain attributes of the modules within
         self.reason: str | None = None
         self.paused = False  # whether what runs is no part of what would be recorded
 
@@ -164,12 +165,29 @@ class Watch:
         return None
 
     def places(self) -> list[Any]:
-        """What a hook of the user may change between any two steps: where weights and buffers lie, which modules are in training mode."""
+        """What a hook of the user may change between any two steps: where weights and buffers lie, which of them are trained, which modules
+        are in training mode."""
         found: list[Any] = []
         for part in self.module.modules():
             found.append(part.training)
-            found.extend(tensor.data_ptr() for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None)
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None:
+                    found.extend((tensor.data_ptr(), tensor.requires_grad))
         return found
+
+    def remember(self) -> None:
+        """Take note of the plain attributes of modules within, as a recording that was just made has them."""
+        self.within = [
+            (vars(part), name, value)
+            for part in self.module.modules()
+            if part is not self.module
+            for name, value in vars(part).items()
+            if isinstance(value, PLAIN) and name != "training"
+        ]
+
+    def changed_within(self) -> bool:
+        """Whether one of them has another value now."""
+        return any(values.get(name) is not value and values.get(name) != value for values, name, value in self.within)
 
     def state_elsewhere(self) -> dict[str, Any]:
         """What a step may depend on and :meth:`changed` does not ask: the modules within, and containers that the step has read."""

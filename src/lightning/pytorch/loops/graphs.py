@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from lightning.fabric.precision import MixedPrecision
 from lightning.fabric.utilities.apply_func import apply_to_collection
@@ -38,8 +39,9 @@ MOST_GRAPHS = 8  # recorded at once
 MOST_SHAPES = 64  # that are counted
 MOST_CHANGES = 3  # of what is constant in a recording, before it is given up
 WITHIN = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")  # hooks that run inside of a step
-AROUND = ("on_train_batch_start", "on_train_batch_end")  # those that run between two steps
+AROUND = ("on_train_batch_start", "on_train_batch_end", "lr_scheduler_step", *WITHIN)  # those that run between two steps
 
+SOME_GRADIENTS = "some parameters get gradients in some batches of an accumulation window only"
 GRADIENT_GONE = "a hook in the middle of a step has set a gradient to None, which a replay can't follow"
 
 Work = Callable[[], Any]
@@ -60,9 +62,13 @@ class Graph:
         self.outputs: Any = None
         self.loss: Any = None
         self.gradients: list[tuple[Tensor, Tensor]] = []  # parameters, with those that the recording writes
+        self.without: list[Tensor] = []  # parameters that it gives no gradient
+        self.outside: list[tuple[Tensor, Tensor]] = []  # of no optimizer, whose gradients the recording adds to
 
     def give_gradients(self) -> None:
         """Let the parameters have the gradients that the recording writes."""
+        for parameter in self.without:
+            parameter.grad = None
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
@@ -96,6 +102,7 @@ class StepGraphs:
         self.several = trainer.world_size > 1
         self.between: BetweenPasses | None = None  # how several processes talk
         self.instead: Callable[[Work], Work] = as_it_is
+        self.scaler: GradScaler | None = None
         self.update_scale: Work = no_op
         self.forget_scale: Work = no_op
         self.changes = 0
@@ -112,6 +119,8 @@ class StepGraphs:
         self.state: dict[str, Any] = {}
         self.places: list[Any] = []
         self.gone = False  # whether a hook has let go of a gradient
+        self.without_gradient: set[int] | None = None  # the ids of trained parameters that get none
+        self.differs = False  # whether those were others from step to step
         self.fixed: dict[Tensor, Tensor] = {}  # gradients that add up over several recordings, by their parameters
         self.watch = Watch(self.trainer.lightning_module, self.device, attributes=self.trainer._config.compile_options is None)
 
@@ -128,11 +137,12 @@ class StepGraphs:
             loop.update = self.update
         precision = self.trainer.strategy.precision
         if isinstance(precision, MixedPrecision) and precision.policy.scaler:
+            self.scaler = precision.grad_scaler
             self.update_scale, self.forget_scale = precision.update_scale, precision.forget_step
         self.between = getattr(self.trainer.strategy, "between", None)
         if self.between is not None:
             self.plain_backward, loop.backward = loop.backward, self.backward
-        self.hooks_act = any(
+        self.hooks_act = loop.user_steps or any(
             override_of(owner, name, base) is not None
             for owner, base in [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
             for name in AROUND
@@ -153,7 +163,7 @@ class StepGraphs:
         """From here on steps run as always."""
         self.forget()
         self.off = True
-        if self.optimizer is not None:
+        if self.optimizer is not None and not self.several:  # other processes may go on with them
             self.optimizer.restore()
         rank_zero_warn(f"Trainer(compile='step'): training steps are not replayed but run as without it, since {reason}.")
 
@@ -169,7 +179,7 @@ class StepGraphs:
             self.plain_zero(optimizer)
             return
         for parameter, gradient in self.fixed.items():
-            parameter.grad = gradient
+            parameter.grad = gradient if parameter.requires_grad else None
         torch._foreach_zero_(list(self.fixed.values()))
 
     def update(self, closure: Work) -> Any:
@@ -185,13 +195,22 @@ class StepGraphs:
     def run(self, work: Work) -> Any:
         """Do ``work``, which is a step, or replay it."""
         loop = self.loop
-        if self.between is not None and loop.progress.batch_idx % loop.accumulate == 0:
+        if self.between is None:
+            return self.done(work)
+        if not self.between.within_window:
             self.between.begin_window()
+        assert self.optimizer is not None
+        with nullcontext() if loop.user_steps else self.optimizer.rounded():
+            return self.done(work)
+
+    def done(self, work: Work) -> Any:
+        """The result of ``work``, or of its replay."""
+        loop = self.loop
         if self.off:
             return work()
         if loop.progress.epoch != self.epoch or loop.validated_at != self.validated_at:
             self.ask_hooks()
-        elif self.hooks_act and self.current is not None and self.watch.places() != self.places:
+        elif self.hooks_act and self.current is not None and (self.watch.places() != self.places or self.watch.changed_within()):
             self.forget()
         leaves: list[Tensor] = []
         try:
@@ -226,7 +245,7 @@ class StepGraphs:
             for graph in self.graphs.values()
             for each in graph.logged
         )
-        if self.graphs and (not logged or any(state.get(name) != value for name, value in self.state.items())):
+        if (self.graphs or self.fixed) and (not logged or any(state.get(name) != value for name, value in self.state.items())):
             self.forget()
             self.epoch, self.validated_at = loop.progress.epoch, loop.validated_at
         self.state = state
@@ -277,6 +296,10 @@ class StepGraphs:
         optimizer = self.optimizer
         assert optimizer is not None
         try:
+            if any(getattr(part, "sparse", False) is True for part in self.trainer.lightning_module.modules()):
+                raise NotReplayable("a module gives sparse gradients")
+            if optimizer.has_other_groups:
+                optimizer.restore()
             told = optimizer.prepare() if optimizer.given is None else ""
         except NotReplayable as error:
             self.give_up(str(error))
@@ -286,7 +309,7 @@ class StepGraphs:
         before = optimizer.host_state()
         self.watching = True
         try:
-            with self.hooks_as(self.unwatched), self.logs.noting(self.watch, key), ExitStack() as contexts:
+            with self.hooks_as(self.unwatched), self.logs.noting(self.watch, key), self.reached(), ExitStack() as contexts:
                 if last:  # the first one may read from the device to choose kernels
                     contexts.enter_context(self.recorder.noticing(self.watch))
                 if last and self.several:
@@ -300,8 +323,8 @@ class StepGraphs:
                 self.watch.note(f"{type(optimizer.optimizer).__name__} changes `{changed[0]}` on the host, which a replay would not do")
             if (hooked := self.hooked()) is not None:
                 self.watch.note(f"`{hooked}` has hooks of its forward or backward pass, which a replay would leave out")
-        if self.loop.accumulate > 1:
-            self.fix_gradients()
+        if self.differs:
+            self.watch.note(SOME_GRADIENTS)
         if self.watch.reason is not None:
             self.give_up(self.watch.reason)
         return result
@@ -325,12 +348,14 @@ class StepGraphs:
         """``hook``, which is never recorded, and may do as it likes."""
 
         def run(*args: Any) -> Any:
-            before = [each.grad for each in self.parameters()]
+            before, scaled = [each.grad for each in self.parameters()], [state["stage"] for state in stages(self.scaler).values()]
             self.watch.paused = True
             try:
                 result = hook(*args)
             finally:
                 self.watch.paused = False
+            if scaled != [state["stage"] for state in stages(self.scaler).values()]:
+                self.watch.note("a hook in the middle of a step unscales gradients, which the rest of a replay would not know of")
             if any(old is not None and each.grad is None for old, each in zip(before, self.parameters())):
                 self.watch.note(GRADIENT_GONE)
             return result
@@ -345,11 +370,37 @@ class StepGraphs:
                     return name or type(part).__name__
         return None
 
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Within accumulation windows: see whether the step gives gradients to the same parameters as all others.
+
+        Gradients of a window are kept, filled with zeros, so that one which a whole window does not use would count as zero.
+        """
+        if self.loop.accumulate == 1:
+            yield
+            return
+        found: set[int] = set()
+        trained = [each for each in self.parameters() if each.requires_grad]
+        hooks = [each.register_post_accumulate_grad_hook(lambda p: found.add(id(p))) for each in trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        lacking = {id(each) for each in trained} - found
+        self.differs = self.differs or (self.without_gradient is not None and lacking != self.without_gradient)
+        self.without_gradient = lacking
+
     def fix_gradients(self) -> None:
         """Let gradients stay where they are from one step to the next, for they add up over several recordings."""
         for parameter in self.parameters():
-            if parameter.grad is not None and parameter not in self.fixed:
-                self.fixed[parameter] = parameter.grad
+            if parameter not in self.fixed and parameter.requires_grad and id(parameter) not in (self.without_gradient or ()):
+                self.fixed[parameter] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def outside(self) -> list[Tensor]:
+        """Parameters that have a gradient and no optimizer, so that nobody zeroes it in a step."""
+        known = set(self.parameters())
+        return [each for each in self.trainer.lightning_module.parameters() if each.grad is not None and each not in known]
 
     def parameters(self) -> list[Tensor]:
         """Of the optimizer."""
@@ -366,6 +417,7 @@ class StepGraphs:
         signature(graph.batch, inputs)
         if loop.accumulate > 1:
             self.fix_gradients()
+        places, outside = self.watch.places(), self.outside()
         self.update_scale()  # by the step before; that of this one is part of the recording, which finds its overflows nowhere else
         try:
             loop.batch = graph.batch
@@ -374,14 +426,16 @@ class StepGraphs:
                     work()
                     self.update_scale()
                     self.recorder.end()
-            with self.recording(graph, key):
+            with self.recording(graph, key), self.reached():
                 graph.loss = work()
                 self.update_scale()
                 graph.nodes.append(self.recorder.end())
-        except Exception as error:
+        except BaseException as error:
             self.recorder.abandon()
             self.forget_scale()
             loop.batch = batch
+            if not isinstance(error, Exception):
+                raise
             if graph.nodes:
                 raise  # of a hook in the middle of the step
             found = str(error) if isinstance(error, NotReplayable) else f"it can't be recorded: {first_line(error)}"
@@ -390,13 +444,22 @@ class StepGraphs:
         graph.nodes[-1]()
         self.optimizer.recorded_state()  # type: ignore[union-attr]
         graph.outputs = loop.outputs
-        graph.gradients = [(parameter, parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        self.take_gradients(graph)
+        graph.outside = [(each, each.grad) for each in outside]  # type: ignore[misc]
         self.graphs[key] = self.current = graph
         self.state, self.places = self.watch.state_elsewhere(), self.watch.places()
+        self.watch.remember()
         self.follow(graph)
-        if loop.accumulate > 1 and any(parameter not in self.fixed for parameter, _ in graph.gradients):
-            self.give_up("some parameters get gradients in some batches of an accumulation window only")
+        if places != self.places:
+            self.give_up("a hook in the middle of a step changes weights or buffers, or how modules run, for the rest of it")
+        elif loop.accumulate > 1 and (self.differs or any(parameter not in self.fixed for parameter, _ in graph.gradients)):
+            self.give_up(SOME_GRADIENTS)
         return graph.loss
+
+    def take_gradients(self, graph: Graph) -> None:
+        """Take note of the gradients that parameters have after a recording, or a piece of it."""
+        graph.gradients = [(each, each.grad) for each in self.parameters() if each.grad is not None]
+        graph.without = [each for each in self.parameters() if each.grad is None]
 
     @contextmanager
     def recording(self, graph: Graph, key: Any, rehearses: bool = False) -> Iterator[None]:
@@ -421,14 +484,26 @@ class StepGraphs:
         """Run a hook in the middle of a step: on values, so what was recorded until here is replayed before."""
         graph.nodes.append(self.recorder.end())
         graph.nodes[-1]()
-        graph.gradients = [(each, each.grad) for each in self.parameters() if each.grad is not None]
-        log = vars(self.trainer._metrics).pop("log")
+        self.take_gradients(graph)
+        log, scaled = vars(self.trainer._metrics).pop("log"), stages(self.scaler)
         try:
             self.call(graph, hook, *args)
         finally:
             vars(self.trainer._metrics)["log"] = log
-        graph.nodes.append(partial(self.call, graph, hook, *args))
+        graph.nodes.append(partial(self.call_again, scaled, graph, hook, *args))
         self.recorder.begin()
+
+    def call_again(self, scaled: dict[Any, Any], graph: Graph, hook: Callable[..., Any], *args: Any) -> None:
+        """Run a hook in a replay, where the scaler knows of the step so far what it knew in the recording."""
+        if self.scaler is None:
+            self.call(graph, hook, *args)
+            return
+        known = self.scaler._per_optimizer_states
+        known.update({key: dict(state) for key, state in scaled.items()})
+        try:
+            self.call(graph, hook, *args)
+        finally:
+            known.clear()
 
     def call(self, graph: Graph, hook: Callable[..., Any], *args: Any) -> None:
         """Run a hook between two pieces of a recording."""
@@ -442,15 +517,22 @@ class StepGraphs:
 
     def replay(self, graph: Graph, leaves: list[Tensor]) -> Any:
         """A step that was recorded: copy the batch, launch."""
-        if self.current is not graph:
+        switched = self.current is not graph
+        if switched:
             self.leave()
             self.current = graph
         if leaves:
             torch._foreach_copy_(graph.inputs, leaves)
         self.update_scale()
+        for parameter, gradient in graph.outside:
+            if parameter.grad is None:
+                gradient.zero_()
+            elif parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
         for node in graph.nodes:
             node()
-        if graph.gradients and graph.gradients[0][0].grad is not graph.gradients[0][1]:
+        if graph.gradients and (switched or graph.gradients[0][0].grad is not graph.gradients[0][1]):
             graph.give_gradients()  # validation has freed them, or another recording has run
         self.follow(graph)
         return graph.loss
@@ -472,6 +554,11 @@ class StepGraphs:
         heard = loop.hooks.on_train_batch_end is not no_op
         loop.outputs = apply_to_collection(graph.outputs, Tensor, Tensor.clone) if heard else graph.outputs
         loop.gathered = loop.progress.batch_idx % loop.accumulate + 1
+
+
+def stages(scaler: GradScaler | None) -> dict[Any, Any]:
+    """What a scaler knows of the current step: whose gradients it has unscaled, and where it finds their overflows."""
+    return {} if scaler is None else {key: dict(state) for key, state in scaler._per_optimizer_states.items()}
 
 
 def as_it_is(function: Work) -> Work:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.trainer import Trainer
 
 LONG = 2e-4  # seconds that are worth a question to the device
-WATCHED = 16  # steps after such a wait whose end is noted, in case that the next wait is near
+WATCHED = 64  # steps after such a wait whose end is noted, in case that the next wait is near
 QUICK = 1e-3  # seconds for a batch, below which processes that make batches hand them over no faster
 
 

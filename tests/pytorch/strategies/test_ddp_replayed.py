@@ -94,7 +94,9 @@ def data(rank: int, sizes: list[int]) -> DataLoader[Any]:
     return DataLoader(found, batch_size=None)  # type: ignore[arg-type]
 
 
-def fit(rank: int, size: int, kind: Callable[[], Model], compile: Any, sizes: list[int], path: Any = None, **arguments: Any) -> Any:
+def fit(
+    rank: int, size: int, kind: Callable[[], Model], compile: Any, sizes: list[int], path: Any = None, val: Any = None, **arguments: Any
+) -> Any:
     """The model, and what it is told about replays."""
     model = kind()
     torch.manual_seed(rank)
@@ -104,7 +106,7 @@ def fit(rank: int, size: int, kind: Callable[[], Model], compile: Any, sizes: li
     }  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Trainer(**{**options, **arguments}, compile=compile).fit(model, data(rank, sizes), ckpt_path=path)
+        Trainer(**{**options, **arguments}, compile=compile).fit(model, data(rank, sizes), val and data(rank, val), ckpt_path=path)
     return model, [str(each.message) for each in caught if "compile='step'" in str(each.message)]
 
 
@@ -218,6 +220,76 @@ def test_a_step_that_communicates_runs_as_always_and_its_line_is_named() -> None
     assert "it communicates with other processes in the middle of a step" in of_reducing[0]
     assert "torch.distributed.all_reduce(total)" in of_reducing[0]
     assert "self.all_gather(loss.detach())" in of_gathering[0]
+
+
+class FreeFlags(ReadsOnRank1):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+class Scheduled(Model):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), 0.0123, fused=True)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class SetsRate(Model):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 7:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.0123
+
+
+def differences(rank: int, size: int) -> dict[str, float]:
+    """How far apart the weights of the processes are in the end."""
+    recorders()
+    found = {}
+    for kind in (FreeFlags, Scheduled, SetsRate):
+        model, _ = fit(rank, size, kind, "step", EVEN if rank == 0 else [8, 7, 6, 5, 4])
+        weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        everybodys = [torch.empty_like(weights) for _ in range(size)]
+        torch.distributed.all_gather(everybodys, weights)
+        found[kind.__name__] = (everybodys[0] - everybodys[1]).abs().max().item()
+    return found
+
+
+def test_processes_that_replay_and_that_do_not_keep_the_same_weights() -> None:
+    assert run(differences, 2) == [{"FreeFlags": 0.0, "Scheduled": 0.0, "SetsRate": 0.0}] * 2
+
+
+class OfNoOptimizer(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net[4].parameters(), 0.01, fused=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Before it, all gradients are let go of."""
+
+
+class Sparse(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.seen = nn.Embedding(10, 3, sparse=True), []  # type: ignore[var-annotated]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.words(batch[0][:, 0].abs().long()).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def unusual_gradients(rank: int, size: int) -> list[bool]:
+    recorders()
+    found = []
+    for kind, val in ((OfNoOptimizer, EVEN), (Sparse, None)):
+        plain, _ = fit(rank, size, kind, None, EVEN, val=val)  # type: ignore[arg-type]
+        model, _ = fit(rank, size, kind, "step", EVEN, val=val)  # type: ignore[arg-type]
+        found.append(outcome(plain) == outcome(model))
+    return found
+
+
+def test_parameters_without_optimizer_and_sparse_gradients() -> None:
+    assert run(unusual_gradients, 2) == [[True, True]] * 2
 
 
 def resumed(rank: int, size: int, folder: str) -> list[bool]:

@@ -171,7 +171,7 @@ class OptimizerInGraph:
             lr = group["lr"]
             last = self.last[index]
             if lr is not last and (isinstance(lr, Tensor) or isinstance(last, Tensor) or lr != last):
-                if not self.on_device or isinstance(lr, Tensor) or isinstance(last, Tensor):
+                if not self.on_device or not self.rates or isinstance(lr, Tensor) or isinstance(last, Tensor):
                     self.on_device = True
                     return "lr"
                 self.last[index] = lr

@@ -333,3 +333,4 @@ def test_strategies_that_talk_within_a_pass_are_refused(strategy: Callable[[], A
     )
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(Model(), DataLoader(TensorDataset(torch.ones(4, 5), torch.ones(4, 1)), 2))
+    assert not torch.distributed.is_initialized()  # the error comes before the processes meet

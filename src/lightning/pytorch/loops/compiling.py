@@ -79,12 +79,7 @@ def keep_eager(owner: Any, names: tuple[str, ...], done: list[tuple[Any, str]]) 
 
 @contextmanager
 def graphs_of_steps(trainer: Trainer) -> Iterator[None]:
-    """A context for a fit whose steps are recorded: on a stream where that can be, with processes that talk between passes.
-
-    Raises:
-        MisconfigurationException: if the run has something that steps which are replayed can't have.
-    """
-    check_graphs(trainer)
+    """A context for a fit whose steps are recorded: on a stream where that can be, with processes that talk between passes."""
     strategy = trainer.strategy
     device, talks = strategy.root_device, getattr(strategy, "talk_between_passes", no_op)
     recorder = trainer.fit_loop.recorder = graph_recording.recorder_of(device)

@@ -63,6 +63,10 @@ def running(
         from lightning.pytorch.ckpt_path import go_on_logging, path_for_all
 
         attach(trainer, module, datamodule)
+        if fits_with_graphs(trainer):
+            from lightning.pytorch.loops.compiling import check_graphs
+
+            check_graphs(trainer)
         meet(trainer)
         path = trainer._ckpt_path = path_for_all(trainer, ckpt_path, model_given)
         trainer._goes_on = ckpt_path == "auto" and path is not None

@@ -348,3 +348,26 @@ def test_manual_backward_is_refused_in_automatic_optimization(make_trainer: Any,
 
     with pytest.raises(MisconfigurationException, match="manual_backward"):
         make_trainer().fit(Model(), numbers(1))
+
+
+def test_gradients_of_the_step_before_are_gone_in_the_forward_pass(Weight: Any, make_trainer: Any, numbers: Any) -> None:
+    class Looks(Weight):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.found.append(all(parameter.grad is None for parameter in self.parameters()))
+            return super().training_step(batch, batch_idx)
+
+    class Hears(Looks):
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            """Runs after the forward pass, as its place among the hooks says."""
+
+    found = {}
+    for kind, accumulate in ((Looks, 1), (Looks, 2), (Hears, 1)):
+        module = kind()
+        module.found = []
+        make_trainer(accumulate_grad_batches=accumulate).fit(module, numbers(4))
+        found[kind.__name__, accumulate] = module.found
+    assert found == {
+        ("Looks", 1): [True] * 4,
+        ("Looks", 2): [True, False, True, False],
+        ("Hears", 1): [True, False, False, False],
+    }

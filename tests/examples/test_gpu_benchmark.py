@@ -14,11 +14,9 @@ RECORDED = f"""
 import sys
 sys.path[:0] = [{str(REPOSITORY / "benchmarks")!r}, {str(REPOSITORY / "tests" / "helpers")!r}]
 import gpu
-from tape import TapeRecorder
-from lightning.pytorch.loops import graph_recording
+from tape import record_on_tapes
 
-graph_recording.recorder_of = lambda device: recorders.append(TapeRecorder()) or recorders[-1]
-recorders = []
+recorders = record_on_tapes()
 gpu.measure_all(gpu.parsed(sys.argv[1:]))
 assert all(recorder.replays > 20 for recorder in recorders[:4] + recorders[5:9]), [recorder.replays for recorder in recorders]
 assert len(recorders) == 10  # the fifth and the last one measured memory

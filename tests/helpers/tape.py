@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loops import graph_recording
+from lightning.pytorch.loops.graph_watch import place
 
 READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")  # operations whose result the host would have to wait for
 
@@ -115,7 +119,6 @@ class TapeRecorder:
     @contextmanager
     def noticing(self, watch: Any) -> Iterator[None]:
         """The same as CUDA's synchronisation warnings."""
-        from lightning.pytorch.loops.graph_watch import place
 
         class Noticing(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -126,3 +129,32 @@ class TapeRecorder:
 
         with Noticing():
             yield
+
+
+def record_on_tapes(put: Callable[[Any, str, Any], None] = setattr) -> list[TapeRecorder]:
+    """Let the CPU record; gives the recorders that are used from now on.
+
+    Args:
+        put: sets an attribute, such as the method of ``pytest.MonkeyPatch`` that takes it back.
+    """
+    used: list[TapeRecorder] = []
+
+    def recorder_of(device: torch.device) -> TapeRecorder:
+        used.append(TapeRecorder())
+        return used[-1]
+
+    put(graph_recording, "recorder_of", recorder_of)
+    return used
+
+
+class SmallNet(LightningModule):
+    """With what keeps running statistics and draws random numbers; its steps note in ``seen`` what others see of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1))
+        self.seen: list[Any] = []
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.01, fused=True)

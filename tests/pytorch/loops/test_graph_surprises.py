@@ -15,34 +15,23 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
-from tape import TapeRecorder
+from tape import SmallNet, TapeRecorder, record_on_tapes
 from trainers import quiet
 
 from lightning.fabric.precision import MixedPrecision
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loops import graph_recording
 
 
 @pytest.fixture(autouse=True)
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
     """Let the CPU record; gives the recorders that were used."""
-    used: list[TapeRecorder] = []
-
-    def recorder_of(device: torch.device) -> TapeRecorder:
-        used.append(TapeRecorder())
-        return used[-1]
-
-    monkeypatch.setattr(graph_recording, "recorder_of", recorder_of)
-    return used
+    return record_on_tapes(monkeypatch.setattr)
 
 
-class Model(LightningModule):
+class Model(SmallNet):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1))
         self.register_buffer("center", torch.zeros(1))
-        self.seen: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, *_ = batch

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
-from tape import TapeRecorder
+from tape import SmallNet, TapeRecorder, record_on_tapes
 from trainers import quiet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,25 +35,10 @@ EPOCHS = 4
 @pytest.fixture(autouse=True)
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
     """Let the CPU record; gives the recorders that were used."""
-    used: list[TapeRecorder] = []
-
-    def recorder_of(device: torch.device) -> TapeRecorder:
-        used.append(TapeRecorder())
-        return used[-1]
-
-    monkeypatch.setattr(graph_recording, "recorder_of", recorder_of)
-    return used
+    return record_on_tapes(monkeypatch.setattr)
 
 
-class Model(LightningModule):
-    """With what keeps running statistics and draws random numbers; notes all that others see of its steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1))
-        self.seen: list[Any] = []
-
+class Model(SmallNet):
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
         return (self.net(x) - y).square().mean()
@@ -71,9 +56,6 @@ class Model(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.seen.append({name: value.item() for name, value in self.trainer.callback_metrics.items()})
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), 0.01, fused=True)
 
 
 def data(count: int = 44) -> DataLoader[Any]:

@@ -16,25 +16,16 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
 from processes import run
-from tape import TapeRecorder
+from tape import SmallNet, record_on_tapes
 
 from lightning.fabric.precision import MixedPrecision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loops import graph_recording
 from lightning.pytorch.strategies import DDPStrategy
 
 
-class Model(LightningModule):
-    """With what keeps running statistics and draws random numbers; notes all that others see of its steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1))
-        self.seen: list[Any] = []
-
+class Model(SmallNet):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         loss = (self.net(x) - y).square().mean()
@@ -46,9 +37,6 @@ class Model(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.seen.append({name: value.item() for name, value in self.trainer.callback_metrics.items()})
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), 0.01, fused=True)
 
 
 class ReadsOnRank1(Model):
@@ -114,17 +102,6 @@ def outcome(model: Model) -> Any:
     return [{name: value.tolist() for name, value in model.state_dict().items()}, model.seen]
 
 
-def recorders() -> list[TapeRecorder]:
-    used: list[TapeRecorder] = []
-
-    def recorder_of(device: torch.device) -> TapeRecorder:
-        used.append(TapeRecorder())
-        return used[-1]
-
-    graph_recording.recorder_of = recorder_of  # type: ignore[assignment]
-    return used
-
-
 EVEN, UNEQUAL = [8] * 5, [8, 8, 8, 8, 5]
 
 
@@ -147,7 +124,7 @@ CASES: dict[str, tuple[Callable[[], Model], list[int], Callable[[], dict[str, An
 
 
 def all_cases(rank: int, size: int) -> dict[str, Any]:
-    used, found = recorders(), {}
+    used, found = record_on_tapes(), {}
     for name, (kind, sizes, arguments, replayed) in CASES.items():
         first, second = arguments(), arguments()
         plain, _ = fit(rank, size, kind, None, sizes, **first)
@@ -178,7 +155,7 @@ def test_two_processes_end_with_the_same_bits_as_without(in_two: list[dict[str, 
 
 def other_sizes(rank: int, size: int) -> Any:
     """Each process has batches of another size last: one of them replays while the other does not yet."""
-    recorders()
+    record_on_tapes()
     sizes = [8, 8, 8, 8, 4 + rank] if rank else [8] * 5
     plain, _ = fit(rank, size, Model, None, sizes)
     model, told = fit(rank, size, Model, "step", sizes)
@@ -190,7 +167,7 @@ def test_processes_with_batches_of_other_sizes() -> None:
 
 
 def three(rank: int, size: int) -> Any:
-    used = recorders()
+    used = record_on_tapes()
     plain, _ = fit(rank, size, Model, None, EVEN)
     model, told = fit(rank, size, Model, "step", EVEN)
     again, _ = fit(rank, size, Model, "step", EVEN)
@@ -203,7 +180,7 @@ def test_three_processes_round_otherwise_and_always_the_same() -> None:
 
 
 def talking(rank: int, size: int) -> list[Any]:
-    recorders()
+    record_on_tapes()
     found = []
     for kind in (Talks, Gathers):
         plain, _ = fit(rank, size, kind, None, EVEN)
@@ -242,7 +219,7 @@ class SetsRate(Model):
 
 def differences(rank: int, size: int) -> dict[str, float]:
     """How far apart the weights of the processes are in the end."""
-    recorders()
+    record_on_tapes()
     found = {}
     for kind in (FreeFlags, Scheduled, SetsRate):
         model, _ = fit(rank, size, kind, "step", EVEN if rank == 0 else [8, 7, 6, 5, 4])
@@ -279,7 +256,7 @@ class Sparse(LightningModule):
 
 
 def unusual_gradients(rank: int, size: int) -> list[bool]:
-    recorders()
+    record_on_tapes()
     found = []
     for kind, val in ((OfNoOptimizer, EVEN), (Sparse, None)):
         plain, _ = fit(rank, size, kind, None, EVEN, val=val)  # type: ignore[arg-type]
@@ -294,7 +271,7 @@ def test_parameters_without_optimizer_and_sparse_gradients() -> None:
 
 def resumed(rank: int, size: int, folder: str) -> list[bool]:
     """From every batch, also within windows, with a recorder or without."""
-    recorders()
+    record_on_tapes()
     arguments: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3}
     keep = {"enable_checkpointing": True, "default_root_dir": folder}
     saver = ModelCheckpoint(folder, "{step}-{epoch}", every_n_train_steps=1, save_top_k=-1)

@@ -65,6 +65,11 @@ class Graph:
         self.without: list[Tensor] = []  # parameters that it gives no gradient
         self.outside: list[tuple[Tensor, Tensor]] = []  # of no optimizer, whose gradients the recording adds to
 
+    def note_gradients(self, parameters: list[Tensor]) -> None:
+        """Take note of the gradients that parameters have after the recording, or a piece of it."""
+        self.gradients = [(each, each.grad) for each in parameters if each.grad is not None]
+        self.without = [each for each in parameters if each.grad is None]
+
     def give_gradients(self) -> None:
         """Let the parameters have the gradients that the recording writes."""
         for parameter in self.without:
@@ -72,7 +77,7 @@ class Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
-    def take_gradients(self) -> bool:
+    def adopt_gradients(self) -> bool:
         """Let the recording go on with gradients that a hook has put in place of its own; returns whether one is gone."""
         gone = False
         for parameter, gradient in self.gradients:
@@ -344,17 +349,21 @@ class StepGraphs:
             for name, hook in heard.items():
                 setattr(hooks, name, hook)
 
+    def unscaled(self) -> list[Any]:
+        """How far the scaler is with the gradients of the current step."""
+        return [state["stage"] for state in stages(self.scaler).values()]
+
     def unwatched(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """``hook``, which is never recorded, and may do as it likes."""
 
         def run(*args: Any) -> Any:
-            before, scaled = [each.grad for each in self.parameters()], [state["stage"] for state in stages(self.scaler).values()]
+            before, unscaled = [each.grad for each in self.parameters()], self.unscaled()
             self.watch.paused = True
             try:
                 result = hook(*args)
             finally:
                 self.watch.paused = False
-            if scaled != [state["stage"] for state in stages(self.scaler).values()]:
+            if unscaled != self.unscaled():
                 self.watch.note("a hook in the middle of a step unscales gradients, which the rest of a replay would not know of")
             if any(old is not None and each.grad is None for old, each in zip(before, self.parameters())):
                 self.watch.note(GRADIENT_GONE)
@@ -444,7 +453,7 @@ class StepGraphs:
         graph.nodes[-1]()
         self.optimizer.recorded_state()  # type: ignore[union-attr]
         graph.outputs = loop.outputs
-        self.take_gradients(graph)
+        graph.note_gradients(self.parameters())
         graph.outside = [(each, each.grad) for each in outside]  # type: ignore[misc]
         self.graphs[key] = self.current = graph
         self.state, self.places = self.watch.state_elsewhere(), self.watch.places()
@@ -455,11 +464,6 @@ class StepGraphs:
         elif loop.accumulate > 1 and (self.differs or any(parameter not in self.fixed for parameter, _ in graph.gradients)):
             self.give_up(SOME_GRADIENTS)
         return graph.loss
-
-    def take_gradients(self, graph: Graph) -> None:
-        """Take note of the gradients that parameters have after a recording, or a piece of it."""
-        graph.gradients = [(each, each.grad) for each in self.parameters() if each.grad is not None]
-        graph.without = [each for each in self.parameters() if each.grad is None]
 
     @contextmanager
     def recording(self, graph: Graph, key: Any, rehearses: bool = False) -> Iterator[None]:
@@ -484,7 +488,7 @@ class StepGraphs:
         """Run a hook in the middle of a step: on values, so what was recorded until here is replayed before."""
         graph.nodes.append(self.recorder.end())
         graph.nodes[-1]()
-        self.take_gradients(graph)
+        graph.note_gradients(self.parameters())
         log, scaled = vars(self.trainer._metrics).pop("log"), stages(self.scaler)
         try:
             self.call(graph, hook, *args)
@@ -509,7 +513,7 @@ class StepGraphs:
         """Run a hook between two pieces of a recording."""
         graph.give_gradients()
         hook(*args)
-        if graph.take_gradients() and not self.off:
+        if graph.adopt_gradients() and not self.off:
             rank_zero_warn(f"Trainer(compile='step'): {GRADIENT_GONE}; in this step it counts as it was.")
             self.gone = True
 

@@ -147,6 +147,19 @@ class TrainLoader:
         set_epoch(self.combined.flattened, epoch)
 
 
+def end_workers(loaders: Iterable[Any]) -> None:
+    """End the worker processes that loaders keep between passes."""
+    from lightning.fabric.utilities.loader_state import ResumableLoader
+
+    for loader in loaders:
+        if isinstance(loader, _Batches):
+            end_workers(loader.combined.flattened)
+        elif isinstance(loader, ResumableLoader):
+            loader.close()
+        elif isinstance(loader, DataLoader):
+            loader._iterator = None
+
+
 def set_epoch(loaders: Iterable[Any], epoch: int) -> None:
     """Tell samplers that shuffle by epoch which one it is."""
     for loader in loaders:
@@ -159,8 +172,8 @@ class _Batches:
     def __init__(self, combined: CombinedLoader) -> None:
         self.combined = combined
 
-    def __iter__(self) -> Any:
-        return (batch for batch, _, _ in self.combined)
+    def __iter__(self) -> Iterator[Any]:
+        return self.combined.batches()
 
 
 class EvalLoaders:
@@ -479,14 +492,8 @@ class RunData:
         return asked
 
 
-class _Sized:
-    """A CombinedLoader that runs its loaders side by side, seen as one loader of combined batches."""
-
-    def __init__(self, combined: CombinedLoader) -> None:
-        self.combined = combined
-
-    def __iter__(self) -> Any:
-        return (batch for batch, _, _ in self.combined)
+class _Sized(_Batches):
+    """The same with a length, where all of them have one."""
 
     def __len__(self) -> int:
         if self.combined.batch_count() == UNBOUNDED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -99,15 +98,14 @@ class Data(LightningDataModule):
 @pytest.fixture
 def leaves_nothing() -> Iterator[None]:
     """After the test there are the threads, processes and files that a run leaves, and no more."""
-    gc.collect()  # what other tests have left in cycles, such as the workers of a loader, ends here
-    threads, processes = set(threading.enumerate()), set(multiprocessing.active_children())
+    threads = set(threading.enumerate())
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     yield
     left = set(threading.enumerate()) - threads
     for thread in left:
         thread.join(10)  # those that feed the queues of workers end when they notice
     assert [thread for thread in left if thread.is_alive()] == []
-    assert set(multiprocessing.active_children()) - processes == set()
+    assert multiprocessing.active_children() == []
     assert [path for path in Path.cwd().rglob("*") if "tmp" in path.name or path.name.startswith(".")] == []
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
 
@@ -269,7 +267,7 @@ def test_worker_that_is_killed_ends_the_run_and_the_other_workers(
 ) -> None:
     class Kill(Callback):
         def kill(self, *args: Any) -> None:
-            victim = max(multiprocessing.active_children(), key=lambda child: child.pid or 0)  # a worker of this run
+            victim = multiprocessing.active_children()[-1]
             os.kill(victim.pid or 0, signal.SIGKILL)
             victim.join()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import checkpoint as ckpt
@@ -17,7 +16,7 @@ from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.core.datamodule import LightningDataModule
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, configure_optimizers
-from lightning.pytorch.data import TrainLoader
+from lightning.pytorch.data import TrainLoader, end_workers
 from lightning.pytorch.delivery import describe
 from lightning.pytorch.dispatch import Hooks, check_names, override_of, sorted_callbacks
 from lightning.pytorch.loops.bind import profiled
@@ -388,16 +387,8 @@ def add_note(error: BaseException, text: str) -> None:
 
 def free_loaders(trainer: Trainer) -> None:
     """End the worker processes of the run's loaders, persistent ones too."""
-    if not trainer._data.loaded:
-        return
-    from lightning.fabric.utilities.loader_state import ResumableLoader
-
     for stage in trainer._data.loaded.values():
-        for loader in stage.parts if isinstance(stage, TrainLoader) else stage.sources:
-            if isinstance(loader, ResumableLoader):
-                loader.close()
-            elif isinstance(loader, DataLoader):
-                loader._iterator = None
+        end_workers(stage.parts if isinstance(stage, TrainLoader) else stage.sources)
 
 
 def free_frames(error: BaseException) -> None:

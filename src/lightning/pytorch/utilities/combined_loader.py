@@ -178,13 +178,30 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         return next(self._iterator)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        self._iterator = None  # frees the workers of the iteration before, unless somebody still uses it
+        self._iterator = self._begin()
+        return self._iterator
+
+    def batches(self) -> Iterator[Any]:
+        """The batches of a new iteration, without indices. Unlike those of ``iter`` its workers end when nobody holds it any more.
+
+        Raises:
+            TypeError: if one of the iterables is none.
+
+        Example::
+
+            >>> list(CombinedLoader([range(2), range(10, 12)]).batches())
+            [[0, 10], [1, 11]]
+        """
+        return (batch for batch, _, _ in self._begin())
+
+    def _begin(self) -> Iterator[tuple[Any, int, int]]:
         for place, loader in enumerate(self._flattened):
             if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
                 raise TypeError(
                     f"CombinedLoader needs iterables of batches; number {place} of {len(self._flattened)} is of type "
                     f"{type(loader).__name__}: {loader!r}."
                 )
-        self._iterator = None  # frees the workers of the iteration before, unless somebody still uses it
         self._limits_in_use = self._limits
         loaded, self._loaded = self._loaded, None
         if loaded is None:
@@ -193,15 +210,12 @@ class CombinedLoader(Iterable[tuple[Any, int, int]]):
         progress.note()
         if loaded is not None and loaded.get("over"):
             progress.ended = True
-            self._iterator = iter(())
-            return self._iterator
+            return iter(())
         limits = [_INF] * len(self._flattened) if self._limits is None else self._limits
         passes = [_Pass(loader, limit, cursor) for loader, limit, cursor in zip(self._flattened, limits, progress.cursors)]
         if self._mode == "sequential":
-            self._iterator = _one_after_another(passes, progress)
-        else:
-            self._iterator = _side_by_side(self._mode, passes, progress, self._build)
-        return self._iterator
+            return _one_after_another(passes, progress)
+        return _side_by_side(self._mode, passes, progress, self._build)
 
     def reset(self) -> None:
         """Forget the running iteration, and end the worker processes of the loaders, persistent ones too."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-OUTSIDE = "/tmp/keraunos-hostile"  # no test writes there
+OUTSIDE = f"/tmp/keraunos-hostile-{os.getpid()}"  # no test writes there, and no other process has the same
 MARK = f"{OUTSIDE}/executed"
 PRECIOUS = f"{OUTSIDE}/precious"
 

@@ -43,6 +43,9 @@ def watched(rank: int, still: float = 0.0, position: Any = (1,), waits: bool = F
         pytest.param([watched(0, 0, state="done"), watched(1, 99)], [1], id="the last one stands still"),
         pytest.param([watched(0, 99, (3,)), watched(1, 99, None)], [1], id="it has not reached the loop"),
         pytest.param([watched(0, 99, waits=True), Watched(1, None, 99)], [1], id="it has not begun"),
+        pytest.param(
+            [watched(0, 99, waits=True), Watched(1, Status(position=[1], waits=True), 99, 99, 9)], [1], id="it waited when last heard"
+        ),
         pytest.param([watched(0, 99), watched(1, 99), watched(2, 99, (5,))], [0, 1], id="two are equally far"),
     ],
 )

@@ -69,12 +69,14 @@ class Watched:
         status: the newest that it has published; None if it has not begun.
         still: seconds without progress.
         silent: seconds without a sign of its interpreter.
+        patience: how many of those are usual.
     """
 
     rank: int
     status: Status | None = None
     still: float = 0.0
     silent: float = 0.0
+    patience: float = float("inf")
 
     def update(self, status: Status | None, elapsed: float) -> None:
         """Take note of the newest status, ``elapsed`` seconds after the last one."""
@@ -89,9 +91,14 @@ class Watched:
         return self.status is None or self.status.state != "done"
 
     @property
+    def is_silent(self) -> bool:
+        """Whether its interpreter is held: what it has said last is out of date."""
+        return self.status is not None and self.silent > self.patience
+
+    @property
     def waits(self) -> bool:
-        """Whether it only waits for others."""
-        return self.status is not None and self.status.waits
+        """Whether it only waits for others. Its interpreter runs meanwhile."""
+        return self.status is not None and self.status.waits and not self.is_silent
 
     @property
     def place(self) -> tuple[int, list[Any]]:
@@ -158,7 +165,7 @@ class Watchdog:
         self.every = min(channel.paced(LOOK), max(self.limit / 10, 0.1))
         self.status = Status()
         self.pulse = stacks.Pulse(channel.owner)
-        self.watched = [Watched(rank) for rank in range(channel.world_size)]
+        self.watched = [Watched(rank, patience=2 * self.every) for rank in range(channel.world_size)]
         self.looked = time.monotonic()
         self.halted = False
         self._memory: int | None = None  # holds what the system writes of the stack
@@ -236,7 +243,7 @@ class Watchdog:
         guilty = standing_still(self.watched, self.limit + (3 * self.every if self.channel.rank else 0))
         if not guilty or not self.channel.is_open:
             return
-        silent = [each.rank for each in self.watched if each.is_running and each.status and each.silent > 2 * self.every]
+        silent = [each.rank for each in self.watched if each.is_running and each.is_silent]
         order = {"by": self.channel.rank, "guilty": [each.rank for each in guilty], "silent": silent}
         if self.channel.put_first(HALT, order)["by"] == self.channel.rank:
             self._halt(guilty, silent)

@@ -28,6 +28,9 @@ class Gathers(Weight):
         self.shapes: list[list[int]] = []
         setattr(self, hook, self.gather)
 
+    def setup(self, stage: str) -> None:
+        self.trainer.strategy.side_channel.grace = 2.0  # type: ignore[attr-defined]  # for a process that hangs in a collective
+
     def gather(self, batch: Any = None, *_: Any) -> Any:
         value = batch if isinstance(batch, Tensor) else torch.zeros(2 + self.global_rank if self.how == "by rank" else 2)
         found = self.trainer.strategy.reduce(value.sum()) if self.how == "reduce" else self.all_gather(value)

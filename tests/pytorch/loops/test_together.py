@@ -25,6 +25,9 @@ class Ends(Weight):
         super().__init__()
         self.at, self.ranks = at, ranks
 
+    def setup(self, stage: str) -> None:
+        self.trainer.strategy.side_channel.grace = 2.0  # type: ignore[attr-defined]  # for a process that hangs in a collective
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
         return -1 if batch_idx == self.at and self.global_rank in self.ranks else None
 

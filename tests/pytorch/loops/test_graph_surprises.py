@@ -19,7 +19,8 @@ from tape import SmallNet, TapeRecorder, record_on_tapes
 from trainers import quiet
 
 from lightning.fabric.precision import MixedPrecision
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback, ModelSummary
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +230,31 @@ class SetsDropout(Model):
 @pytest.mark.parametrize("kind", [FreezesAtStart, FreezesInStep, ReplacesInStep, ReplacesWithin, SwitchesWithin, SetsDropout])
 def test_what_hooks_freeze_replace_or_switch_in_mid_epoch_is_taken_up(kind: type[Model]) -> None:
     compared(kind)
+
+
+def freeze(trainer: Any, module: Any, *_: Any) -> None:
+    module.net[0].weight.requires_grad = trainer.global_step < 9
+
+
+class OwnBar(ModelSummary):
+    """One of ours, with a hook of the user's."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        freeze(trainer, module)
+
+
+@pytest.mark.parametrize("callback", [lambda: LambdaCallback(on_train_batch_start=freeze), OwnBar])
+def test_callbacks_of_ours_that_run_code_of_the_users_count_as_theirs(callback: Callable[[], Callback]) -> None:
+    compared(Model, given=lambda: {"callbacks": [callback()]})
+
+
+def test_outputs_that_a_function_keeps_are_its_own() -> None:
+    kept: list[Any] = []
+    keep = LambdaCallback(on_train_batch_end=lambda trainer, module, outputs, *_: kept.append(outputs["loss"]))
+    compared(Model, given=lambda: {"callbacks": [keep]})
+    plain, replayed = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+    assert len({loss.item() for loss in replayed}) > 20
+    assert all(map(torch.equal, plain, replayed))
 
 
 class Heads(Model):

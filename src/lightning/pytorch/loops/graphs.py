@@ -147,15 +147,19 @@ class StepGraphs:
         self.between = getattr(self.trainer.strategy, "between", None)
         if self.between is not None:
             self.plain_backward, loop.backward = loop.backward, self.backward
-        self.hooks_act = loop.user_steps or any(
-            override_of(owner, name, base) is not None
-            for owner, base in [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
-            for name in AROUND
-            if not type(owner).__module__.startswith("lightning.")
-        )
+        self.hooks_act = loop.user_steps or self.calls_user(AROUND)
+        self.user_listens = self.calls_user(("on_train_batch_end",))
         if self.optimizer is None or self.optimizer.optimizer is not loop.optimizer:
             scheduled = bool(self.trainer.strategy.lr_scheduler_configs)
             self.optimizer = OptimizerInGraph(loop.optimizer, self.device, scheduled)
+
+    def calls_user(self, names: tuple[str, ...]) -> bool:
+        """Whether code that is not our own runs in one of these hooks: of a class, or a function as a LambdaCallback has."""
+        owners = [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
+        found = [(type(owner), override_of(owner, name, base)) for owner, base in owners for name in names]
+        return any(
+            not (getattr(each, "__module__", None) or "").startswith("lightning.") for pair in found if pair[1] is not None for each in pair
+        )
 
     def finish(self) -> None:
         """Leave everything as it was."""
@@ -554,9 +558,8 @@ class StepGraphs:
         serial = self.trainer._metrics.serial
         for each in graph.logged:
             each.note(serial)
-        # Who listens may keep what it gets; the next replay writes over the recording's own.
-        heard = loop.hooks.on_train_batch_end is not no_op
-        loop.outputs = apply_to_collection(graph.outputs, Tensor, Tensor.clone) if heard else graph.outputs
+        # Users may keep what they get; the next replay writes over the recording's own.
+        loop.outputs = apply_to_collection(graph.outputs, Tensor, Tensor.clone) if self.user_listens else graph.outputs
         loop.gathered = loop.progress.batch_idx % loop.accumulate + 1
 
 

@@ -44,6 +44,8 @@ class OverlappedTransfer:
     ) -> None:
         self.transfer, self.device, self.always, self.asked = transfer, device, always, asked
         self.stream = stream_for_copies(device)
+        self.copied: Any = None  # an event at the end of a copy
+        self.of_steps: Any = None  # their stream, under the numbers that torch has for it
         self.unknown = FIRST if is_users else 0
         self.apart = True
         self.ends: deque[tuple[torch.cuda.Event, Any]] = deque()  # of the last steps, with batches that have to be kept until then
@@ -54,14 +56,22 @@ class OverlappedTransfer:
             return self.transfer(batch, *args, **kwargs)
         if self.unknown:
             return self.look(batch, *args, **kwargs)
-        steps = torch.cuda.current_stream(self.device)
+        steps = self.stream_of_steps()
         self.hold_back(steps)
-        with torch.cuda.stream(self.stream):
+        with self.stream:
             moved = self.transfer(batch, *args, **kwargs)
-        steps.wait_stream(self.stream)
+        self.copied.record(self.stream)
+        steps.wait_event(self.copied)
         if not is_recorded(moved, steps):
             self.kept = moved
         return moved
+
+    def stream_of_steps(self) -> torch.cuda.Stream:
+        """The current stream: a new object for it, and a new event, at each step would take as long as the copies."""
+        numbers = torch._C._cuda_getCurrentStream(self.stream.device_index)
+        if self.of_steps is None or self.of_steps[0] != numbers:
+            self.of_steps, self.copied = (numbers, torch.cuda.current_stream(self.device)), torch.cuda.Event()
+        return self.of_steps[1]  # type: ignore[no-any-return]
 
     def hold_back(self, steps: torch.cuda.Stream) -> None:
         """Note where the step before ends, and wait for the end of one some steps earlier."""

@@ -340,27 +340,24 @@ class TQDMProgressBar(ProgressBar):
         bar.reset(known)
         bar.n = done
         self._drawn_at = monotonic()
-        return self._next_due(bar)
+        return 0  # it is for the next batch to say
 
     def _advance(self, bar: Tqdm, done: int, *metrics_of: Any) -> int:
         """Move the bar to ``done`` batches, draw it unless it was drawn just now, and say at how many to move it next."""
-        if bar.disable or self.is_disabled:
+        rate = self._refresh_rate
+        if bar.disable or not (self._enabled and rate):
             return NEVER
-        bar.n = done
+        bar.n, total = done, bar.total
         now = monotonic()
-        if done == bar.total or (done % self._refresh_rate == 0 and now - self._drawn_at >= bar.mininterval):
+        if done == total or (done % rate == 0 and now - self._drawn_at >= bar.mininterval):
             if metrics_of:
                 bar.set_postfix(self.get_metrics(*metrics_of), refresh=False)
             bar.refresh()
             self._drawn_at = now
-        return self._next_due(bar)
-
-    def _next_due(self, bar: Tqdm) -> int:
-        if bar.total is None:
+        if total is None:
             return 0  # any batch may be the last, and the bar is to end with the right number
-        done, total = int(bar.n), int(bar.total)
-        due = done - done % self._refresh_rate + self._refresh_rate
-        return due if done >= total else min(due, total)
+        due = done - done % rate + rate
+        return due if done >= total or due < total else int(total)
 
     def _show_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         bar = self.train_progress_bar

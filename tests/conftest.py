@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,16 @@ import torch
 
 # Programs that tests, or people with a GPU, start: they hold no doctests, and some look at their arguments when they are imported.
 collect_ignore_glob = ["gpu/*.py", "faults/*storm.py"]
+
+
+def leave_out_of_collections() -> None:
+    """Let Python's garbage collector pass over what is there by now, the millions of objects that the tests themselves are made of."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    leave_out_of_collections()
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +37,5 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+    if gc.get_freeze_count() == 0:  # after a run with `gc_interval`
+        leave_out_of_collections()

@@ -68,6 +68,7 @@ def test_collections_come_between_batches_and_at_the_interval(littering: Litteri
 
 
 def test_python_collects_again_afterwards() -> None:
+    gc.unfreeze()
     assert gc.isenabled()
     quiet(gc_interval=5).fit(Weight(), loader())
     assert gc.isenabled()

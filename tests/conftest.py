@@ -14,14 +14,10 @@ import torch
 collect_ignore_glob = ["gpu/*.py", "faults/*storm.py"]
 
 
-def leave_out_of_collections() -> None:
+def pytest_collection_finish() -> None:
     """Let Python's garbage collector pass over what is there by now, the millions of objects that the tests themselves are made of."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_collection_finish() -> None:
-    leave_out_of_collections()
 
 
 @pytest.fixture(autouse=True)
@@ -37,5 +33,3 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
-    if gc.get_freeze_count() == 0:  # after a run with `gc_interval`
-        leave_out_of_collections()

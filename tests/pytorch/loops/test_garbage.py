@@ -55,6 +55,14 @@ def loader(count: int = 12) -> Any:
     return torch.utils.data.DataLoader(Numbers(count))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_again() -> Iterator[None]:
+    """As tests/conftest.py has left it: runs with ``gc_interval`` end with everything that was frozen let go of."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def test_python_collects_within_steps(littering: Littering) -> None:
     quiet().fit(littering, loader())
     assert any(within for _, within in littering.events)
@@ -68,7 +76,6 @@ def test_collections_come_between_batches_and_at_the_interval(littering: Litteri
 
 
 def test_python_collects_again_afterwards() -> None:
-    gc.unfreeze()
     assert gc.isenabled()
     quiet(gc_interval=5).fit(Weight(), loader())
     assert gc.isenabled()

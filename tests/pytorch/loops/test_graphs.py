@@ -582,6 +582,7 @@ def test_manual_optimization_does_not_go_with_it() -> None:
         fitted(Manual, compile="step")
 
 
+@pytest.mark.slow
 def test_changes_by_hooks_between_steps_are_taken_up() -> None:
     """Those that the checks for a GPU make: weights in other memory, parts set to evaluation, the optimizer's state loaded, ..."""
     script = Path(__file__).parents[3] / "tests" / "gpu" / "check_compile_cuda.py"

@@ -67,7 +67,7 @@ def check(size: int, cases: list[Any], timeout: float) -> None:
         assert same, case
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_any_of_two_processes_stop_both_and_both_go_on_to_the_same_weights(number: int) -> None:
     places = WHERE if number == signal.SIGTERM else WHERE[1:4]
     check(2, [(number, place, ranks) for place in places for ranks in subsets(2)], timeout=240)

@@ -153,7 +153,7 @@ def end_workers(loaders: Iterable[Any]) -> None:
 
     for loader in loaders:
         if isinstance(loader, _Batches):
-            end_workers(loader.combined.flattened)
+            loader.combined.reset()
         elif isinstance(loader, ResumableLoader):
             loader.close()
         elif isinstance(loader, DataLoader):

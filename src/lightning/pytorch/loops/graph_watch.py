@@ -211,6 +211,11 @@ class NoticedCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def is_ours(code: Any) -> bool:
+    """Whether a class or function comes from this package."""
+    return (getattr(code, "__module__", None) or "").startswith("lightning.")
+
+
 def place_of(tensor: Tensor) -> int:
     """Where the elements of a tensor lie."""
     return tensor.data_ptr() if tensor.layout is torch.strided else 0

@@ -27,7 +27,7 @@ from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.dispatch import no_op, override_of
 from lightning.pytorch.loops.graph_optimizer import OptimizerInGraph
 from lightning.pytorch.loops.graph_recording import Logged, LogRecorder, Recorder
-from lightning.pytorch.loops.graph_watch import PLAIN, NoticedCollectives, NotReplayable, Watch, place
+from lightning.pytorch.loops.graph_watch import PLAIN, NoticedCollectives, NotReplayable, Watch, is_ours, place
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp_between import BetweenPasses
@@ -156,10 +156,8 @@ class StepGraphs:
     def calls_user(self, names: tuple[str, ...]) -> bool:
         """Whether code that is not our own runs in one of these hooks: of a class, or a function as a LambdaCallback has."""
         owners = [(self.trainer.lightning_module, LightningModule), *((each, Callback) for each in self.trainer.callbacks)]
-        found = [(type(owner), override_of(owner, name, base)) for owner, base in owners for name in names]
-        return any(
-            not (getattr(each, "__module__", None) or "").startswith("lightning.") for pair in found if pair[1] is not None for each in pair
-        )
+        hooks = [(owner, override_of(owner, name, base)) for owner, base in owners for name in names]
+        return any(hook is not None and not (is_ours(type(owner)) and is_ours(hook)) for owner, hook in hooks)
 
     def finish(self) -> None:
         """Leave everything as it was."""

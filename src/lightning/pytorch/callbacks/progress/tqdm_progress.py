@@ -340,7 +340,7 @@ class TQDMProgressBar(ProgressBar):
         bar.reset(known)
         bar.n = done
         self._drawn_at = monotonic()
-        return 0  # it is for the next batch to say
+        return self._next_due(done, known)
 
     def _advance(self, bar: Tqdm, done: int, *metrics_of: Any) -> int:
         """Move the bar to ``done`` batches, draw it unless it was drawn just now, and say at how many to move it next."""
@@ -354,9 +354,12 @@ class TQDMProgressBar(ProgressBar):
                 bar.set_postfix(self.get_metrics(*metrics_of), refresh=False)
             bar.refresh()
             self._drawn_at = now
+        return self._next_due(done, total)
+
+    def _next_due(self, done: int, total: float | None) -> int:
         if total is None:
             return 0  # any batch may be the last, and the bar is to end with the right number
-        due = done - done % rate + rate
+        due = done - done % self._refresh_rate + self._refresh_rate
         return due if done >= total or due < total else int(total)
 
     def _show_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
